@@ -147,6 +147,11 @@ class Fleet:
         """Records the duration of an attempt. It was answered, or given up because another was faster."""
         self.outliers.answered(member.address, model_digest, seconds)
 
+    @property
+    def members(self) -> list[Member]:
+        """The current members; `view` has them once the ring is built, and those that left until then."""
+        return list(self._members.values())
+
     async def describe_all(self) -> bool:
         """Describes all healthy workers, because a router has loaded or unloaded models.
 

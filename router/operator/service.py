@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 import grpc
 from ringmesh.router.v1 import router_pb2
@@ -78,7 +78,7 @@ class OperatorService:
 
     async def _watch(self, _: bytes, context: Context) -> AsyncIterator[bytes]:
         try:
-            async for event in self._fleet.events.watch(_now(self._fleet.view)):
+            async for event in self._fleet.events.watch(list(_now(self._fleet.members))):
                 yield event.SerializeToString()
         except RingmeshError as error:
             await abort(context, error)
@@ -127,8 +127,8 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> router_pb2.Candidate:
     )
 
 
-def _now(view: FleetView) -> Iterator[Event]:
-    for member in view.members.values():
+def _now(members: Iterable[Member]) -> Iterator[Event]:
+    for member in members:
         yield make(Event.KIND_JOINED, member)
         if member.reason == "draining":
             yield make(Event.KIND_DRAINING, member)

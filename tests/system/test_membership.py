@@ -92,7 +92,7 @@ async def test_killed_worker_leaves_when_its_announcement_expires(start_worker, 
     router = start_router([], None, discovery_url=valkey.connection_url)
     watcher = watch(router.address)
     eventually(lambda: watcher.healthy() == {stays.address, dies.address})
-    # What was before a watch, is told in an order of its own.
+    # The watch has begun: it tells what comes.
     eventually(lambda: "MODEL_GAINED" in watcher.kinds(dies.address))
     dies.process.kill()
     eventually(lambda: watcher.members() == {stays.address})

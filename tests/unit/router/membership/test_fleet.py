@@ -7,7 +7,9 @@ from ringmesh.inference.v1 import inference_pb2
 
 from router.balancing.member import Listing
 from router.membership import fleet
+from router.membership.events import Event
 from router.membership.fleet import Fleet
+from router.operator.service import OperatorService
 from router.transport.worker_client import WorkerBusyError, WorkerUnreachableError
 from services.runtime.errors import NotFoundError, UnavailableError
 from tests.unit.router.transport.test_worker_client import Worker
@@ -263,3 +265,15 @@ async def test_a_description_that_comes_after_its_worker_has_left_changes_nothin
     assert await describing
     assert (member.reason, member.version) == ("left the fleet", 1)
     made.close()
+
+
+async def test_a_watch_begins_with_workers_that_are_not_in_the_ring_yet():
+    made, _ = fleet_of("a:1")
+    made._reported("discovery", [Listing("b:1")])
+    assert list(made.view.members) == ["a:1"]
+    watch = OperatorService(made, None, None)._watch(b"", None)
+    told = [await anext(watch)]
+    made.close()
+    told += [event async for event in watch]
+    events = [Event.FromString(event) for event in told]
+    assert [event.address for event in events if event.kind == Event.KIND_JOINED] == ["a:1", "b:1"]
