@@ -14,11 +14,11 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.keys.epochs import EVERYTHING, MODELS
 from router.accounting.request_metrics import RequestMetrics
 from router.balancing.member import Member
-from router.membership.fleet import Fleet
+from router.membership.fleet import MOST_POLLS_A_SECOND, POLL_SECONDS, Fleet
 from router.operator.agreement import LOAD_SECONDS, next_ns
 from router.request.audit import Audit
 from router.transport.worker_client import WorkerUnreachableError
-from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from services.runtime.errors import InvalidArgumentError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.oip.protocol import DECIDED_NS, full_name
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.rpc import Context, Handler, unary
@@ -26,6 +26,8 @@ from services.runtime.rpc.rpc import Context, Handler, unary
 log = logging.getLogger(__name__)
 
 _SECONDS = 10.0
+# How many periods of polling it takes until each router has seen a change, with time for a slow answer.
+_POLLS = 1.5
 
 _SHARED_MEMORY = [
     f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Register", "Unregister")
@@ -35,11 +37,12 @@ _SHARED_MEMORY = [
 class FleetControl:
     """Handlers that call one worker, or call all workers and merge their answers.
 
-    `announce` returns when the other routers have refreshed their descriptions of the workers.
+    `announce` returns True when the other routers have refreshed their descriptions of the workers, and False or
+    UnavailableError if they cannot be told.
     """
 
     def __init__(
-        self, fleet: Fleet, requests: RequestMetrics, audit: Audit, announce: Callable[[], Awaitable[None]]
+        self, fleet: Fleet, requests: RequestMetrics, audit: Audit, announce: Callable[[], Awaitable[bool]]
     ) -> None:
         self._announce = announce
         self._fleet = fleet
@@ -166,10 +169,16 @@ class FleetControl:
         finally:  # also if only some workers applied it
             while not await self._fleet.describe_all():  # a busy worker is asked again, until it is taken for dead
                 pass
-            try:
-                await self._announce()
-            except UnavailableError as error:
-                log.warning("other routers learn of %s by their polls only: %s", method, error.message)
+            await self._tell_routers(method)
+
+    async def _tell_routers(self, method: str) -> None:
+        """Returns when the other routers know of a change. If they cannot be told, waits for their polls to see it."""
+        try:
+            if await self._announce():
+                return
+        except RingmeshError as error:
+            log.warning("other routers learn of %s by their polls only: %s", method, error.message)
+        await asyncio.sleep(_POLLS * max(POLL_SECONDS, len(self._fleet.view.members) / MOST_POLLS_A_SECOND))
 
     async def _ask_all(self, method: str, request: Message, seconds: float = _SECONDS) -> list[tuple[Member, Any]]:
         members = self._reachable()
