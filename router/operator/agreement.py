@@ -59,7 +59,7 @@ class Agreement:
 
     def compare(self) -> None:
         """Starts to send each worker the decisions that it lacks."""
-        members = [member for member in self._fleet.view.members.values() if member.healthy]
+        members = [member for member in self._fleet.members if member.healthy]
         newest = newest_decisions(members)
         now = self._clock()
         # A worker that was lost meanwhile is tried again as soon as it is back.

@@ -15,11 +15,11 @@ from cache.keys.epochs import EVERYTHING, MODELS
 from router.accounting.request_metrics import RequestMetrics
 from router.balancing.member import Member
 from router.membership.decisions import missed_decisions, newest_decisions
-from router.membership.fleet import Fleet
+from router.membership.fleet import MOST_POLLS_A_SECOND, POLL_SECONDS, Fleet
 from router.operator.agreement import LOAD_SECONDS, next_ns
 from router.request.audit import Audit
 from router.transport.worker_client import WorkerUnreachableError
-from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from services.runtime.errors import InvalidArgumentError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.oip.protocol import DECIDED_NS, full_name
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.rpc import Context, Handler, unary
@@ -27,6 +27,8 @@ from services.runtime.rpc.rpc import Context, Handler, unary
 log = logging.getLogger(__name__)
 
 _SECONDS = 10.0
+# How many periods of polling it takes until each router has seen a change, with time for a slow answer.
+_POLLS = 1.5
 
 _MISSED = "the fleet has replaced or unloaded it, and this worker has yet to do so"
 
@@ -38,11 +40,12 @@ _SHARED_MEMORY = [
 class FleetControl:
     """Handlers that call one worker, or call all workers and merge their answers.
 
-    `announce` returns when the other routers have refreshed their descriptions of the workers.
+    `announce` returns True when the other routers have refreshed their descriptions of the workers, and False or
+    UnavailableError if they cannot be told.
     """
 
     def __init__(
-        self, fleet: Fleet, requests: RequestMetrics, audit: Audit, announce: Callable[[], Awaitable[None]]
+        self, fleet: Fleet, requests: RequestMetrics, audit: Audit, announce: Callable[[], Awaitable[bool]]
     ) -> None:
         self._announce = announce
         self._fleet = fleet
@@ -118,7 +121,7 @@ class FleetControl:
         """
         every = v2.RepositoryIndexRequest(repository_name=request.repository_name)
         answers = await self._ask_all("RepositoryIndex", every)
-        newest = newest_decisions(self._fleet.view.members.values())
+        newest = newest_decisions(self._fleet.members)
         lines: dict[tuple[str, str], v2.RepositoryIndexResponse.ModelIndex] = {}
         reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
         for member, answer in answers:
@@ -178,16 +181,22 @@ class FleetControl:
         # A decision of another router may be newer than the last descriptions, and the clocks of routers differ.
         await asyncio.gather(*map(self._fleet.describe, self._reachable()))
         self._reachable()  # raises before anything has changed
-        request.parameters[DECIDED_NS].int64_param = next_ns(self._fleet.view.members.values())
+        request.parameters[DECIDED_NS].int64_param = next_ns(self._fleet.members)
         try:
             await self._ask_all(method, request, LOAD_SECONDS)
         finally:  # also if only some workers applied it
             while not await self._fleet.describe_all():  # a busy worker is asked again, until it is taken for dead
                 pass
-            try:
-                await self._announce()
-            except UnavailableError as error:
-                log.warning("other routers learn of %s by their polls only: %s", method, error.message)
+            await self._tell_routers(method)
+
+    async def _tell_routers(self, method: str) -> None:
+        """Returns when the other routers know of a change. If they cannot be told, waits for their polls to see it."""
+        try:
+            if await self._announce():
+                return
+        except RingmeshError as error:
+            log.warning("other routers learn of %s by their polls only: %s", method, error.message)
+        await asyncio.sleep(_POLLS * max(POLL_SECONDS, len(self._fleet.members) / MOST_POLLS_A_SECOND))
 
     async def _ask_all(self, method: str, request: Message, seconds: float = _SECONDS) -> list[tuple[Member, Any]]:
         members = self._reachable()
@@ -215,7 +224,7 @@ class FleetControl:
         raise UnavailableError("no worker is connected; retry later", kind="no_worker")
 
     def _healthy(self) -> list[Member]:
-        return [member for member in self._fleet.view.members.values() if member.healthy]
+        return [member for member in self._fleet.members if member.healthy]
 
 
 def _add(to: v2.ModelStatistics, more: v2.ModelStatistics) -> None:

@@ -162,9 +162,9 @@ def _decoded(
     signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
     counts = [arrays[name].shape[0] for name in model.required] if model.has_rows else [1]
     rows = _rows(counts, model)
-    if len(arrays) > len(model.required) or min(counts, default=rows) != rows:
+    if len(arrays) > len(model.required) or min(counts, default=rows) != rows or not rows:
         # An optional input applies to the whole run, and inputs with one row to all rows of the others, so such a
-        # request does not share its run.
+        # request does not share its run. Nor does one without rows: the proof is for one row at least.
         signature = object()
     return Decoded(arrays, rows, outputs, {}, {}, signature, trace_context=trace_context)
 

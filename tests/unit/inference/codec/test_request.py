@@ -240,6 +240,13 @@ def test_elsewhere_such_a_request_runs_alone_and_is_answered_as_the_graph_says(a
     assert np.frombuffer(response.raw_output_contents[0], np.float32).tolist() == [1, 2, 1, 2]
 
 
+def test_requests_without_rows_share_no_batch(load):
+    """Alone, ONNX Runtime may refuse one, such as a Reshape to [0, -1]; it must not depend on who asks meanwhile."""
+    identity = load(models.identity, "fp32")
+    first, second, other = (decode_request(request(("x", "FP32", [rows, 2])), identity) for rows in (0, 0, 1))
+    assert len({first.signature, second.signature, other.signature}) == 3
+
+
 def test_requests_that_give_an_optional_input_share_no_batch(load):
     def scaled(repository):
         folder = models.scaled(repository)

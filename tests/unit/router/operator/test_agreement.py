@@ -1,7 +1,6 @@
 """Who is told what, where workers know different decisions about models."""
 
 import asyncio
-from types import SimpleNamespace
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -51,7 +50,7 @@ class Worker:
 
 class Fleet:
     def __init__(self, *workers):
-        self.view = SimpleNamespace(members={worker.address: worker for worker in workers})
+        self.members = workers
 
     async def describe(self, member):
         pass

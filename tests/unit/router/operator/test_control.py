@@ -7,14 +7,16 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.keys.epochs import EVERYTHING, MODELS, tenant_scope
 from router.balancing.catalog import Catalog
 from router.balancing.member import Listing, Member
+from router.membership.fleet import POLL_SECONDS
+from router.operator import control as module
 from router.operator.control import FleetControl
 from router.transport.worker_load import WorkerLoad
-from services.runtime.errors import NotFoundError
+from services.runtime.errors import NotFoundError, UnavailableError
 
 
 class Fleet:
     def __init__(self, described):
-        self.view = SimpleNamespace(members={})
+        self.members = ()
         self.described = described
         self.asked = 0
 
@@ -51,7 +53,8 @@ class Workers:
     """A fleet; `learned` are decisions that a worker tells when it describes itself again."""
 
     def __init__(self, *members, learned=()):
-        self.view = SimpleNamespace(members={member.address: member for member in members}, catalog=Catalog([[]]))
+        self.members = members
+        self.view = SimpleNamespace(catalog=Catalog([[]]))
         self._learned = learned
 
     async def describe(self, member):
@@ -73,12 +76,8 @@ def worker(address, at, answer=b""):
     return made
 
 
-async def announce():
-    pass
-
-
 def control_of(*members, learned=()):
-    return FleetControl(Workers(*members, learned=learned), None, None, announce)
+    return FleetControl(Workers(*members, learned=learned), None, None, told)
 
 
 async def test_a_load_is_later_than_one_that_another_router_made_with_a_clock_ahead():
@@ -110,3 +109,28 @@ async def test_the_index_does_not_list_as_ready_what_only_a_worker_without_the_l
     ]
     ready = await control._index(v2.RepositoryIndexRequest(ready=True), None)
     assert not ready.models
+
+
+async def unavailable():
+    raise UnavailableError("Redis is away")
+
+
+async def told():
+    return True
+
+
+async def not_told():
+    return False
+
+
+@pytest.mark.parametrize(("announce", "waits"), [(told, 0), (not_told, 1), (unavailable, 1)])
+async def test_a_load_returns_when_other_routers_know_it_if_need_be_by_their_polls(announce, waits, monkeypatch):
+    async def sleep(seconds):
+        assert seconds > 1.1 * POLL_SECONDS
+        slept.append(seconds)
+
+    slept = []
+    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    control = FleetControl(Workers(worker("w:1", 1)), None, None, announce)
+    await control._load(v2.RepositoryModelLoadRequest(model_name="m"), None)
+    assert len(slept) == waits
