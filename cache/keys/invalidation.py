@@ -146,15 +146,13 @@ class InvalidationLog:
             self._contact = time.monotonic()
             self._task = BACKGROUND.start("purges", self._send_heartbeats)
 
-    async def announce(self, scope: str) -> bool:
-        """Purges a scope that contains no keys. Returns True when `on_news` has run in every process.
+    async def announce(self, scope: str) -> None:
+        """Purges a scope that contains no keys. Returns when `on_news` has run in every process.
 
-        Returns False without Redis: other processes do not hear of it. Raises as `purge`.
+        Without Redis, other processes do not hear of it. Raises as `purge`.
         """
-        if self._shared is None:
-            return False
-        await self._publish([scope])
-        return True
+        if self._shared is not None:
+            await self._publish([scope])
 
     async def purge(self, scopes: Sequence[str]) -> tuple[int, int]:
         """Returns the epoch and the number of processes that confirmed it, when no process serves older entries.

@@ -40,12 +40,12 @@ _SHARED_MEMORY = [
 class FleetControl:
     """Handlers that call one worker, or call all workers and merge their answers.
 
-    `announce` returns True when the other routers have refreshed their descriptions of the workers, and False or
-    UnavailableError if they cannot be told.
+    `announce` returns when the other routers have refreshed their descriptions of the workers, or if there is no Redis.
+    It raises RingmeshError if they cannot be told.
     """
 
     def __init__(
-        self, fleet: Fleet, requests: RequestMetrics, audit: Audit, announce: Callable[[], Awaitable[bool]]
+        self, fleet: Fleet, requests: RequestMetrics, audit: Audit, announce: Callable[[], Awaitable[None]]
     ) -> None:
         self._announce = announce
         self._fleet = fleet
@@ -192,11 +192,10 @@ class FleetControl:
     async def _tell_routers(self, method: str) -> None:
         """Returns when the other routers know of a change. If they cannot be told, waits for their polls to see it."""
         try:
-            if await self._announce():
-                return
+            await self._announce()
         except RingmeshError as error:
             log.warning("other routers learn of %s by their polls only: %s", method, error.message)
-        await asyncio.sleep(_POLLS * max(POLL_SECONDS, len(self._fleet.members) / MOST_POLLS_A_SECOND))
+            await asyncio.sleep(_POLLS * max(POLL_SECONDS, len(self._fleet.members) / MOST_POLLS_A_SECOND))
 
     async def _ask_all(self, method: str, request: Message, seconds: float = _SECONDS) -> list[tuple[Member, Any]]:
         members = self._reachable()

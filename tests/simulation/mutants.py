@@ -78,7 +78,24 @@ MUTANTS = {
             )
         ]
     },
+    # A worker that had missed a load was used with the replaced model.
+    "missed load": {
+        "router.membership.fleet": [
+            ("missed = missed_decisions(member, newest)\n", "missed: dict[str, Member] = {}\n"),
+        ]
+    },
+    # The same, once the workers that had not missed it were lost.
+    "lost decision": {
+        "router.membership.fleet": [
+            (
+                "newest_decisions(self._members.values())",
+                "newest_decisions(member for member in self._members.values() if member.healthy)",
+            )
+        ]
+    },
 }
+# The plans that find them soonest; "": all.
+PLANS = {"background": "lies", "missed load": "replacement", "lost decision": "replacement"}
 
 
 def apply(name):

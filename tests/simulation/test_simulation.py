@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.simulation.mutants import MUTANTS
+from tests.simulation.mutants import MUTANTS, PLANS
 
 _ON_SOURCES = pytest.mark.skipif(
     bool(os.environ.get("RINGMESH_TEST_COMPILED")),
@@ -41,6 +41,7 @@ def test_a_seed_is_the_same_whatever_ran_before_it(plan):
 @_ON_SOURCES
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_fault_that_is_put_back_is_found(mutant):
-    done = simulate("--seeds", 1000, "--until-found", RINGMESH_SIMULATION_MUTANT=mutant)
+    plan = ("--plan", PLANS.get(mutant, ""))
+    done = simulate("--seeds", 1000, "--until-found", *plan, RINGMESH_SIMULATION_MUTANT=mutant)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-4000:]
     assert "replay: python -m tests.simulation --seed" in done.stdout, done.stderr[-4000:]

@@ -179,6 +179,8 @@ class OnnxModel:
         made.name, made.platform, made.backend = self.name, self.platform, "onnxruntime"
         made.default_model_filename = made.default_model_filename or MODEL_FILE
         made.max_batch_size = self.max_request_rows or (self.max_batch_rows if self.batchable else 0)
+        # Triton's tools ask for the counts of hits only where the cache is on.
+        made.response_cache.enable = bool(self.cacheable)
         if self.batchable and made.WhichOneof("scheduling_choice") is None:
             made.dynamic_batching.SetInParent()
         if not made.instance_group:

@@ -262,6 +262,7 @@ def test_the_configuration_told_is_the_one_given_with_what_triton_adds(tmp_path,
     told = configured(folder, given).config()
     wanted = parse(given, "config.pbtxt", "mlp")
     wanted.MergeFrom(parse(f'{added} name: "mlp"', "added", "mlp"))
+    wanted.response_cache.enable = wanted.response_cache.enable or not wanted.HasField("response_cache")
     for index, group in enumerate(wanted.instance_group):
         group.name, group.count = group.name or f"mlp_{index}", group.count or 1
         group.kind = group.kind or group.KIND_CPU
