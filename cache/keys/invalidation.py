@@ -32,7 +32,8 @@ _BEAT_SECONDS = 0.1
 _COMMAND_SECONDS = 1.0
 # If the last heartbeat of a process is older than this, a purge waits for the lease instead of a confirmation.
 _SILENT_MS = 1000
-# A process limits its answers this long before the lease ends: a purge is at most one command older than its wait.
+# A process stops serving older answers this long before its lease is over: the wait of a purge begins before the
+# command that writes the purge, which takes up to _COMMAND_SECONDS.
 _NOTICE_SECONDS = 2.0
 # A purge ignores a process without a heartbeat for this long. A process disconnected for this long serves no cached
 # answers.
@@ -123,21 +124,21 @@ class InvalidationLog:
         # Heartbeats run one at a time, so that none confirms a version that another is still applying.
         self._version_read = 0
         self._heartbeat_lock = asyncio.Lock()
-        # When the last heartbeat began whose news were confirmed; for ever without Redis.
+        # When the last completed heartbeat began. Never over without Redis: nobody else purges.
         self._contact = inf if shared is None else time.monotonic()
         self._said_limited = False
         self._task: asyncio.Task[None] | None = None
 
     @property
     def oldest_ms(self) -> int:
-        """Entries computed before this time are not served; 0 unless the process is disconnected from Redis.
+        """Entries computed before this time are not served; 0 while heartbeats are completed.
 
         Computed at each look-up: it must hold while the event loop is held up, and right after the process was stopped.
         """
-        disconnected = time.monotonic() - self._contact
-        if disconnected <= self._lease - _NOTICE_SECONDS:
+        waited = time.monotonic() - self._contact
+        if waited <= self._lease - _NOTICE_SECONDS:
             return 0
-        if disconnected > _FORGET_SECONDS - _NOTICE_SECONDS:
+        if waited > _FORGET_SECONDS - _NOTICE_SECONDS:
             return sys.maxsize
         return time.time_ns() // 1_000_000 - int((self._lease - _NOTICE_SECONDS) * 1000)
 
@@ -244,8 +245,10 @@ class InvalidationLog:
     def _log_limit(self) -> None:
         is_limited = self.oldest_ms > 0
         if is_limited and not self._said_limited:
-            disconnected = time.monotonic() - self._contact
-            log.warning("no heartbeat to Redis was completed for %.0f s: only recent answers are served", disconnected)
+            log.warning(
+                "no heartbeat to Redis was completed for %.0f s: only recent answers are served",
+                time.monotonic() - self._contact,
+            )
         elif self._said_limited and not is_limited:
             log.info("heartbeats to Redis are completed again")
         self._said_limited = is_limited

@@ -11,7 +11,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.policy.freshness import Freshness, tightest
 from services.runtime.errors import UnavailableError
 from services.runtime.oip import ensemble
-from services.runtime.oip.absent_model import absent
+from services.runtime.oip.absent_model import absent, unreachable
 from services.runtime.oip.ensemble import Plan
 from services.runtime.oip.request_check import Declared
 from services.runtime.verdict import YES, Verdict
@@ -119,7 +119,7 @@ class Catalog:
         if not (self._has_workers or self._failures):
             raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
         if (name, version) in self._lost:
-            raise UnavailableError(f"no worker that holds model {name!r} can be reached; retry later", kind="no_worker")
+            raise unreachable(name)
         raise absent(name, version, self.versions, self._failures, suggests=may_read or not self._isolates)
 
     def _ensemble(

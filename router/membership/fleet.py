@@ -152,6 +152,11 @@ class Fleet:
         """The current members; `view` has them once the ring is built, and those that left until then."""
         return list(self._members.values())
 
+    @property
+    def poll_seconds(self) -> float:
+        """The time between two polls of a worker."""
+        return max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
+
     async def describe_all(self) -> bool:
         """Describes all healthy workers, because a router has loaded or unloaded models.
 
@@ -240,9 +245,8 @@ class Fleet:
             if not member.healthy or load.reports == reports or load.version != member.version or not load.version:
                 await self.describe(member)
             reports = load.reports
-            seconds = max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
             with suppress(TimeoutError):
-                async with asyncio.timeout(seconds * random.uniform(0.9, 1.1)):
+                async with asyncio.timeout(self.poll_seconds * random.uniform(0.9, 1.1)):
                     await member.wake.wait()
                 # At most one such wake-up per POLL_SECONDS: a worker that answers polls but loses every request would
                 # else be restored after each loss.

@@ -15,11 +15,12 @@ from cache.keys.epochs import EVERYTHING, MODELS
 from router.accounting.request_metrics import RequestMetrics
 from router.balancing.member import Member
 from router.membership.decisions import missed_decisions, newest_decisions
-from router.membership.fleet import MOST_POLLS_A_SECOND, POLL_SECONDS, Fleet
+from router.membership.fleet import Fleet
 from router.operator.agreement import LOAD_SECONDS, next_ns
 from router.request.audit import Audit
 from router.transport.worker_client import WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, NotFoundError, RingmeshError, UnavailableError
+from services.runtime.oip.absent_model import unreachable
 from services.runtime.oip.protocol import DECIDED_NS, full_name
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.rpc import Context, Handler, unary
@@ -88,9 +89,7 @@ class FleetControl:
                 if reason := self._audit.may_cache(model, self._fleet.view.catalog).reason:
                     answer.config.parameters["ringmesh_cached"].string_value = f"no: {reason}"
                 return answer
-        raise UnavailableError(
-            f"no worker that holds model {request.name!r} can be reached; retry later", kind="no_worker"
-        )
+        raise unreachable(request.name)
 
     async def _statistics(self, request: v2.ModelStatisticsRequest, _: Context) -> v2.ModelStatisticsResponse:
         """Sums of the workers' statistics, plus this router's hits and misses."""
@@ -195,7 +194,7 @@ class FleetControl:
             await self._announce()
         except RingmeshError as error:
             log.warning("other routers learn of %s by their polls only: %s", method, error.message)
-            await asyncio.sleep(_POLLS * max(POLL_SECONDS, len(self._fleet.members) / MOST_POLLS_A_SECOND))
+            await asyncio.sleep(_POLLS * self._fleet.poll_seconds)
 
     async def _ask_all(self, method: str, request: Message, seconds: float = _SECONDS) -> list[tuple[Member, Any]]:
         members = self._reachable()

@@ -42,6 +42,11 @@ def absent(
     return NotFoundError(f"Request for unknown model: {name!r} is not found{hint}", field="model_name")
 
 
+def unreachable(name: str) -> UnavailableError:
+    """Returns the error for a model that only workers hold which cannot be reached."""
+    return UnavailableError(f"no worker that holds model {name!r} can be reached; retry later", kind="no_worker")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns the name in `known` of which `name` may be a misspelling; "" if there is none."""
     if len(name) > _LONGEST_NAME:

@@ -169,11 +169,24 @@ async def test_no_model_is_known_after_a_change_of_which_no_worker_can_tell():
     made.close()
 
 
-async def test_the_models_of_a_worker_that_missed_a_decision_of_the_fleet_are_not_used():
+def fleet_with_a_missed_load():
+    """A fleet, its workers, which are about to describe themselves, and the links to them. The first worker has an
+    older decision on the model than the second."""
     made, first, second = fleet_of("a:1", "b:1")
     before, after = made.view.members.values()
     first.answers.put_nowait(described(1, b"1", decided_ns=1))
     second.answers.put_nowait(described(1, b"2", decided_ns=2))
+    return made, before, after, first, second
+
+
+def leave(made, member):
+    """Removes a worker, as when no source lists it any more."""
+    made._polls[member.address] = asyncio.create_task(asyncio.sleep(0))
+    made._leave(made._members.pop(member.address))
+
+
+async def test_the_models_of_a_worker_that_missed_a_decision_of_the_fleet_are_not_used():
+    made, before, after, first, _ = fleet_with_a_missed_load()
     await made.describe(before)
     assert made.view.catalog.find("m", "").digest == b"1" * 16
     await made.describe(after)
@@ -186,10 +199,7 @@ async def test_the_models_of_a_worker_that_missed_a_decision_of_the_fleet_are_no
 
 
 async def test_an_older_worker_does_not_bring_back_what_a_lost_worker_had_replaced():
-    made, first, second = fleet_of("a:1", "b:1")
-    before, after = made.view.members.values()
-    first.answers.put_nowait(described(1, b"1", decided_ns=1))
-    second.answers.put_nowait(described(1, b"2", decided_ns=2))
+    made, before, after, _, second = fleet_with_a_missed_load()
     await made.describe(before)
     await made.describe(after)
     second.answers.put_nowait(WorkerUnreachableError("gone"))
@@ -198,8 +208,7 @@ async def test_an_older_worker_does_not_bring_back_what_a_lost_worker_had_replac
         made.view.catalog.find("m", "")
     assert before.healthy
     assert not before.held
-    made._polls[after.address] = asyncio.create_task(asyncio.sleep(0))
-    made._leave(made._members.pop(after.address))
+    leave(made, after)
     assert made.view.catalog.find("m", "").digest == b"1" * 16
     made.close()
 
@@ -256,11 +265,10 @@ async def test_an_ensemble_stays_known_while_a_worker_has_an_old_step_of_it():
 
 async def test_a_description_that_comes_after_its_worker_has_left_changes_nothing():
     made, member, link = await fleet_of_one()
-    made._polls[member.address] = asyncio.create_task(asyncio.sleep(0))
     link.asked.clear()
     describing = asyncio.create_task(made.describe(member))
     await link.asked.wait()
-    made._leave(made._members.pop(member.address))
+    leave(made, member)
     link.answers.put_nowait(described(2, b"2"))
     assert await describing
     assert (member.reason, member.version) == ("left the fleet", 1)

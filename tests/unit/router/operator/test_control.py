@@ -7,7 +7,6 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.keys.epochs import EVERYTHING, MODELS, tenant_scope
 from router.balancing.catalog import Catalog
 from router.balancing.member import Listing, Member
-from router.membership.fleet import POLL_SECONDS
 from router.operator import control as module
 from router.operator.control import FleetControl
 from router.transport.worker_load import WorkerLoad
@@ -54,6 +53,7 @@ class Workers:
 
     def __init__(self, *members, learned=()):
         self.members = members
+        self.poll_seconds = 0.5
         self.view = SimpleNamespace(catalog=Catalog([[]]))
         self._learned = learned
 
@@ -122,7 +122,7 @@ async def told():
 @pytest.mark.parametrize(("announce", "waits"), [(told, 0), (unavailable, 1)])
 async def test_a_load_returns_when_other_routers_know_it_if_need_be_by_their_polls(announce, waits, monkeypatch):
     async def sleep(seconds):
-        assert seconds > 1.1 * POLL_SECONDS
+        assert seconds > 1.1 * control._fleet.poll_seconds
         slept.append(seconds)
 
     slept = []
