@@ -1,8 +1,9 @@
 """`python -m cache`."""
 
-from services.runtime.machine import memory
+from services.runtime.machine import startup
 
-memory.use_tcmalloc()
+startup.use_tcmalloc()
+startup.begin()
 
 from cache.main import main  # noqa: E402
 

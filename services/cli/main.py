@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from services.cli.commands.cost_groups import By
 from services.cli.errors import CommandError
+from services.runtime.machine import startup
 
 if TYPE_CHECKING:
     from services.cli.stack.stack import StackOptions
@@ -35,6 +36,7 @@ class Commands(TyperGroup):
     """Subcommands. An error that the user can fix is printed in one line; the exit code is then 2."""
 
     def invoke(self, ctx: Any) -> Any:
+        startup.begin()
         try:
             return super().invoke(ctx)
         except CommandError as error:

@@ -1,5 +1,9 @@
 """`python -m services.console`."""
 
-from services.console.main import main
+from services.runtime.machine import startup
+
+startup.begin()
+
+from services.console.main import main  # noqa: E402
 
 main()

@@ -3,13 +3,14 @@
 import importlib.util
 import sys
 
-from services.runtime.machine import memory
+from services.runtime.machine import startup
 
 if importlib.util.find_spec("onnxruntime") is None:
     print("worker: onnxruntime is missing; pip install 'ringmesh-server[cpu]' (or [gpu])", file=sys.stderr)
     sys.exit(2)
 
-memory.use_tcmalloc()
+startup.use_tcmalloc()
+startup.begin()
 
 from services.inference.main import main  # noqa: E402
 

@@ -1,8 +1,9 @@
 """A router that starts with RINGMESH_ENTRIES cached answers of RINGMESH_VALUE_BYTES each; none is ever requested."""
 
-from services.runtime.machine import memory
+from services.runtime.machine import startup
 
-memory.use_tcmalloc()
+startup.use_tcmalloc()
+startup.begin()
 
 import os  # noqa: E402
 

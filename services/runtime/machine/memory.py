@@ -7,13 +7,8 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
-# scripts/install unpacks it into sys.prefix; otherwise the system's is used: libtcmalloc-minimal4 on Debian, gperftools
-# elsewhere.
-_TCMALLOC = "libtcmalloc_minimal.so.4"
-_FOLDERS = (f"{sys.prefix}/lib", *map(str, Path("/usr/lib").glob("*-linux-gnu*")), "/usr/lib64", "/usr/lib")
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -24,21 +19,6 @@ _LOOKS = 8
 # Memory is returned in steps, because malloc blocks other threads meanwhile.
 _STEP_BYTES = 16 << 20
 _PAUSE_SECONDS = 0.005
-
-
-def use_tcmalloc() -> None:
-    """Restarts this process with tcmalloc if it is installed, unless LD_PRELOAD is set already.
-
-    One of the engine's threads allocates buffers and another frees them. With glibc's malloc, threads then wait for
-    each other's locks, which takes a fifth of a hit (docs/decisions/0030).
-    """
-    if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
-        return
-    for folder in _FOLDERS:
-        library = Path(folder, _TCMALLOC)
-        if library.exists():
-            os.environ["LD_PRELOAD"] = str(library)
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 def has_tcmalloc() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -50,9 +49,6 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
             await BACKGROUND.close()
 
     name = settings_type.section
-    # A full garbage collection visits every cached entry: 100,000 entries stalled requests for 80 ms
-    # (docs/decisions/0030).
-    gc.set_threshold(20_000, 50, 10_000)
     keep_files_private()
     memory.keep_large_buffers()
     try:

@@ -26,11 +26,6 @@ from services.runtime.rpc.api_keys import Grant
 from services.runtime.rpc.identity import Identity, bearer
 from services.runtime.rpc.roles import Role
 
-try:
-    import jwt
-except ImportError:  # the extra `jwt` is not installed
-    jwt = None  # type: ignore[assignment]
-
 log = logging.getLogger(__name__)
 
 # Signatures by public keys only: with HS256, whoever has a public key could sign.
@@ -56,8 +51,10 @@ class Tokens:
 
     def __init__(self, keys: str, issuer: str, audience: str, skew: float, prefix: str = "") -> None:
         """`keys`: path or https URL. A file is read now, a URL by `follow`. Raises KeySetError."""
-        if jwt is None:
-            raise KeySetError("PyJWT is not installed: pip install 'ringmesh-server[jwt]'")
+        try:
+            import jwt  # noqa: F401  # here, so that no request waits for it
+        except ImportError:
+            raise KeySetError("PyJWT is not installed: pip install 'ringmesh-server[jwt]'") from None
         self._source = keys
         self._issuer, self._audience, self._skew, self._prefix = issuer, audience, skew, prefix
         self._path = None if keys.startswith("https://") else Path(keys)
@@ -90,6 +87,8 @@ class Tokens:
         return identity
 
     def _verify(self, token: str) -> Identity:
+        import jwt
+
         try:
             header = jwt.get_unverified_header(token)
             if "crit" in header:
@@ -177,6 +176,8 @@ class Tokens:
 
 def _public_key(entry: Any) -> Any:
     """A key to verify signatures; None for others, and for malformed ones, which RFC 7517 says to ignore."""
+    import jwt
+
     try:
         key = jwt.PyJWK(entry)
     except (jwt.PyJWTError, AttributeError, LookupError, TypeError, NotImplementedError):  # PyJWT raises all of these

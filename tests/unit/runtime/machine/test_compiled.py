@@ -13,10 +13,10 @@ from tests import installation
 TCMALLOC = Path(sys.prefix, "lib", "libtcmalloc_minimal.so.4")
 SAY = """
 import json, sys
-from services.runtime.machine import memory
-memory.use_tcmalloc()
+from services.runtime.machine import startup
+startup.use_tcmalloc()
 from router.request import service
-from services.runtime.machine import compiled
+from services.runtime.machine import compiled, memory
 print(json.dumps([compiled.is_used(), memory.has_tcmalloc(), service.__file__, sys.argv]))
 """
 CHOOSE = f"""
