@@ -1,5 +1,5 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
-.PHONY: up demo test proof load check fuzz lock sbom audit bench bench-check bench-gpu soak proto simulate clean
+.PHONY: up demo test compiled proof load check fuzz lock sbom audit bench bench-check bench-gpu soak proto simulate clean
 PY := .venv/bin/python
 READY := .venv/.ready .venv/.stubs .venv/.installed
 
@@ -12,12 +12,16 @@ demo: $(READY)
 # Most of what tests start waits most of the time. A file stays in one process, with the stack that it shares.
 PARALLEL := --dist loadfile -n
 # Bytecode is kept even where the environment says not to: tests start hundreds of services.
-test proof load: export PYTHONDONTWRITEBYTECODE =
+test compiled proof load: export PYTHONDONTWRITEBYTECODE =
 
-# The suite, then the unit tests again on the compiled modules that services run, where there is a C compiler.
+# The suite, then the unit tests of compiled modules again on what services run, where there is a C compiler.
 test: $(READY)
 	@$(PY) -m pytest $(PARALLEL) 2
 	@! $(PY) -P -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) 2 tests/unit
+
+# All unit tests on the compiled modules, also those that only reach one by way of others.
+compiled: $(READY)
+	@RINGMESH_TEST_COMPILED=all $(PY) -m pytest $(PARALLEL) 2 tests/unit
 
 # Longer: faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)

@@ -1,32 +1,41 @@
-"""On compiled modules, only the tests that reach one: for the others that would be the same run again."""
+"""On compiled modules, only the tests that import one: for the others that would be the same run again, or nearly.
+
+RINGMESH_TEST_COMPILED=all (`make compiled`) runs those too.
+"""
 
 import ast
 import functools
+import os
 from pathlib import Path
 
 from services.runtime.machine import compiled
-from setup import MARK
+from setup import compiled_sources
 from tests.installation import ROOT
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    if compiled.is_used() and collection_path.match("test_*.py") and not reaches_compiled(collection_path):
-        return True
-    return None
+    if not compiled.is_used() or os.environ.get("RINGMESH_TEST_COMPILED") == "all":
+        return None
+    return True if collection_path.match("test_*.py") and not imports_compiled(collection_path) else None
 
 
-def reaches_compiled(test: Path) -> bool:
-    """Whether a compiled module is among what the file imports, by itself or by way of others."""
+def imports_compiled(test: Path) -> bool:
+    """Whether a compiled module is among what the file imports, by itself or by way of other files of tests."""
     found, to_read = set(), [test]
     while to_read:
-        source = to_read.pop()
-        if MARK in source.read_text():
+        new = imports(to_read.pop()) - found
+        if not new.isdisjoint(compiled_modules()):
             return True
-        new = imports(source) - found
         found |= new
-        sources = (ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in new)
+        sources = (ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in new if name.startswith("tests."))
         to_read += [source for source in sources if source.is_file()]
     return False
+
+
+@functools.cache
+def compiled_modules() -> set[str]:
+    """Their dotted names."""
+    return {".".join(source.with_suffix("").parts) for source in compiled_sources()}
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 
 from setup import compiled_sources
 from tests import installation
+from tests.unit.conftest import compiled_modules, imports_compiled
 
+UNIT = installation.ROOT / "tests" / "unit"
 TCMALLOC = Path(sys.prefix, "lib", "libtcmalloc_minimal.so.4")
 SAY = """
 import json, sys
@@ -78,3 +81,14 @@ def test_modules_are_compiled_by_their_mark():
     sources = compiled_sources()
     assert Path("services/runtime/wire.py") in sources  # by which compiled.is_used() tells
     assert Path("services/runtime/machine/compiled.py") not in sources
+
+
+def test_tests_that_name_a_compiled_module_run_on_compiled_modules_too():
+    others = (file for file in UNIT.rglob("test_*.py") if file != Path(__file__))
+    left_out = {file: file.read_text() for file in others if not imports_compiled(file)}
+    for name in compiled_modules():
+        package, _, module = name.rpartition(".")
+        of_package = re.compile(rf"from {re.escape(package)} import (\([^)]*|.*)\b{module}\b")
+        assert not [file for file, text in left_out.items() if name in text or of_package.search(text)], name
+    assert UNIT / "router" / "membership" / "test_events.py" not in left_out  # by way of tests.unit.router.fleets
+    assert UNIT / "runtime" / "machine" / "test_cores.py" in left_out
