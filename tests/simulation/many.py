@@ -36,7 +36,9 @@ def run(options, tell):
     """Runs the seeds on all cores and calls `tell` with each failed result. Returns 1 if one failed."""
     began = time.perf_counter()
     last = options.first + options.seeds
-    jobs = [(first, min(_CHUNK, last - first), options.plan) for first in range(options.first, last, _CHUNK)]
+    # Who searches waits for the seeds that are under way when one has failed.
+    chunk = 1 if options.until_found else _CHUNK
+    jobs = [(first, min(chunk, last - first), options.plan) for first in range(options.first, last, chunk)]
     failed = seeds = calls = 0
     plans = {}
     # This pool ends with an error if a process does; multiprocessing.Pool starts another one, without end.

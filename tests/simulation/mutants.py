@@ -94,8 +94,21 @@ MUTANTS = {
         ]
     },
 }
-# The plans that find them soonest; "": all.
-PLANS = {"background": "lies", "missed load": "replacement", "lost decision": "replacement"}
+# The plans of what they break, which find them soonest.
+PLANS = {
+    "eviction": "costs",
+    "blocking run": "slow_request",
+    "resend": "stopped_worker",
+    "flight": "exceptions",
+    "deadline": "network",
+    "background": "lies",
+    "hedged poison": "poison",
+    "queue timeout": "queue",
+    "silent redis": "redis_faults",
+    "purges at once": "costs",
+    "missed load": "replacement",
+    "lost decision": "replacement",
+}
 
 
 def apply(name):

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests import installation
 from tests.simulation.mutants import MUTANTS, PLANS
 
 _ON_SOURCES = pytest.mark.skipif(
@@ -24,7 +25,9 @@ def simulate(*arguments, **environment):
 
 
 def test_500_seeds_keep_every_invariant():
-    done = simulate("--seeds", 500)
+    # Of what services run; the tests below run the sources.
+    modules = {"RINGMESH_TEST_COMPILED": "1"} if installation.is_compiled() else {}
+    done = simulate("--seeds", 500, **modules)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
@@ -41,7 +44,7 @@ def test_a_seed_is_the_same_whatever_ran_before_it(plan):
 @_ON_SOURCES
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_fault_that_is_put_back_is_found(mutant):
-    plan = ("--plan", PLANS.get(mutant, ""))
-    done = simulate("--seeds", 1000, "--until-found", *plan, RINGMESH_SIMULATION_MUTANT=mutant)
+    search = ("--seeds", 1000, "--until-found", "--plan", PLANS[mutant])
+    done = simulate(*search, RINGMESH_SIMULATION_MUTANT=mutant)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-4000:]
     assert "replay: python -m tests.simulation --seed" in done.stdout, done.stderr[-4000:]
