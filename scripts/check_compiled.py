@@ -8,6 +8,7 @@ comment `compiled: REASON` is exempt. Prints a line for each finding and exits w
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -265,7 +266,8 @@ def check(sources: Sequence[tuple[Path, str]]) -> list[str]:
     """Returns a line for each finding in `sources`, as (path, module). Raises SystemExit if mypy rejects them."""
     options = Options()
     options.export_types = options.preserve_asts = options.ignore_missing_imports = True
-    options.incremental = False
+    # Not the cache of mypy, whose options are others, and which may run at the same time.
+    options.incremental, options.cache_dir = False, os.devnull
     options.python_version = sys.version_info[:2]
     built = build.build([BuildSource(str(path), module) for path, module in sources], options)
     if built.errors:
