@@ -9,14 +9,15 @@ up: $(READY)
 demo: $(READY)
 	@exec .venv/bin/ringmesh demo
 
-# Most of what tests start waits most of the time. A file stays in one process, with the stack that it shares.
+# What tests start waits a third of the time. A file stays in one process, with the stack that it shares.
 PARALLEL := --dist loadfile -n
 # Bytecode is kept even where the environment says not to: tests start hundreds of services.
 test compiled proof load: export PYTHONDONTWRITEBYTECODE =
 
-# The suite, then the unit tests of compiled modules again on what services run, where there is a C compiler.
+# The suite, the short unit tests last, so that no process waits long for another one; then the unit tests of compiled
+# modules again on what services run, where there is a C compiler.
 test: $(READY)
-	@$(PY) -m pytest $(PARALLEL) 2
+	@$(PY) -m pytest $(PARALLEL) 3 --no-loadscope-reorder
 	@! $(PY) -P -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) 2 tests/unit
 
 # All unit tests on the compiled modules, also those that only reach one by way of others.
