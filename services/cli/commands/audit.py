@@ -46,7 +46,7 @@ def listing(found: Sequence[audit_pb2.Entry]) -> Text:
     """One line for each entry, whole, however wide the terminal is; of a method its name, as in the console."""
     rows = [("time", "process", "who", "from", "result", "method", "about")]
     for entry in found:
-        about = entry.error or ("" if entry.request == "{}" else entry.request)
+        about = (entry.error or ("" if entry.request == "{}" else entry.request)).replace("\n", " ")
         named = (entry.process, entry.who, entry.peer, entry.result, entry.method.rpartition("/")[2])
         rows.append((time_text(entry.at_ms), *named, about))
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
