@@ -171,7 +171,7 @@ class CacheService:
         if not served or name in served | used:
             return
         near = nearest(name, served | used)
-        hint = f"did you mean {near!r}?" if near else f"there are: {some(sorted(served))}"
+        hint = f"did you mean {near!r}?" if near else f"there are: {some(sorted(served))}."
         raise NotFoundError(
             f"no model {name!r} is served, and nothing was cached here under that name; {hint} What an unloaded model "
             "or another service left is purged with even_if_unknown (`ringmesh cache purge --even-if-unknown`)",

@@ -44,7 +44,7 @@ class SharedUse:
         return (
             f"{decision.reason}; recently computing took {1e3 * compute_seconds:.3g} ms, a look-up "
             f"{1e3 * self._trip_seconds:.3g} ms, a write {1e3 * self._write_seconds:.3g} ms, and "
-            f"{self._worth.share(subject.id):.0%} of the look-ups were hits"
+            f"the hit ratio counts as {self._worth.share(subject.id):.0%}"
         )
 
     def looked_up(self, subject: Subject, seconds: float, *, hit: bool) -> None:

@@ -100,11 +100,17 @@ def _key(budget: ledger_pb2.Budget) -> tuple[str, str, int]:
     return budget.tenant, budget.model, budget.period
 
 
+def _amount(nano: int) -> str:
+    """As whoever set the budget wrote it: in decimal, without zeros at the end."""
+    whole, part = divmod(nano, 10**9)
+    return f"{whole:,}.{part:09d}".rstrip("0").rstrip(".")
+
+
 def _message(limit: Limit) -> str:
     budget = limit.budget
     owners = [f"{name} {value!r}" for name, value in (("tenant", budget.tenant), ("model", budget.model)) if value]
     renews = datetime.fromtimestamp(limit.renews_at_ms / 1000, UTC)
     return (
-        f"the budget of {' and '.join(owners)}, {budget.hard_nano / 1e9:g} {budget.currency} a "
+        f"the budget of {' and '.join(owners)}, {_amount(budget.hard_nano)} {budget.currency} a "
         f"{_PERIODS.get(budget.period, '')}, is used up; it renews at {renews:%Y-%m-%d %H:%M} UTC"
     )

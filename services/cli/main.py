@@ -94,7 +94,9 @@ StateOption = Annotated[
 RouterOption = Annotated[str | None, typer.Option(help="host:port of the router; default: of the stack in --state.")]
 CacheOption = Annotated[
     str | None,
-    typer.Option("--cache", callback=_inherited, help="host:port of the cache service; default: as for --router."),
+    typer.Option(
+        "--cache", callback=_inherited, help="host:port of a cache service or router; default: of the stack in --state."
+    ),
 ]
 STATE = Path(".ringmesh")
 
@@ -667,7 +669,7 @@ def audit(
         for line in tool.lines(found):
             print(line)
     else:
-        _console().print(tool.listing(found))
+        _console().print(tool.listing(found), soft_wrap=True)
 
 
 @key_app.command()

@@ -526,7 +526,7 @@ def test_models_that_come_at_different_times_should_share_workers(ledger, sender
     share = advised(advise(ledger, kind, hour, latency_us=1_000_000), "KIND_SHARE")
     assert [*share.subjects] == ["model-0/1", "model-1/1", "model-2/1"]
     assert (share.saved_nano, share.error) == (2 * 10**9, 0)
-    assert "1 are enough for them together, and 3 if each has its own" in share.evidence
+    assert "1 is enough for them together, and 3 if each has its own" in share.evidence
 
 
 def test_a_model_with_a_costly_run_should_run_in_larger_batches(ledger, sender, tenant, kind, hour):

@@ -20,9 +20,9 @@ FOLDER = Path(__file__).parents[2] / "deploy/systemd"
 UNITS = sorted(FOLDER.glob("*.service"))
 PYTHON = "/opt/ringmesh/bin/python"
 HOSTS = {"host-1": "10.0.0.1", "host-2": "10.0.0.2", "host-3": "10.0.0.3"}
-# A busy machine takes minutes to start seven processes.
+# A busy machine takes minutes to start eight processes.
 _SECONDS = 240
-ON = {"host-1": ["cache", "console", "router"], "host-2": ["worker", "router"], "host-3": ["worker"]}
+ON = {"host-1": ["cache", "ledger", "console", "router"], "host-2": ["worker", "router"], "host-3": ["worker"]}
 
 CALL = """
 import sys, numpy as np, tritonclient.grpc as triton
@@ -55,10 +55,12 @@ def test_the_units_are_valid(tmp_path):
 
 
 def test_each_service_has_a_unit_that_starts_it_and_leaves_time_to_drain():
-    assert len(UNITS) == 4
+    assert len(UNITS) == 5
     for unit in UNITS:
         found = dict(directives(unit))
-        assert re.fullmatch(f"{PYTHON} -P -m (router|cache|services.inference|services.console)", found["ExecStart"])
+        assert re.fullmatch(
+            f"{PYTHON} -P -m (router|cache|services.inference|services.ledger|services.console)", found["ExecStart"]
+        )
         assert found["Restart"] == "always"
         assert int(found["TimeoutStopSec"]) > 15
 
@@ -186,6 +188,8 @@ def test_three_hosts_serve_and_survive_the_loss_of_one(hosts, tmp_path):
         return re.search(r'^ringmesh_requests_total\{.*outcome="hit-shared"\} \d', metrics, re.MULTILINE)
 
     eventually(shares, _SECONDS)
+    counted = re.compile("^ringmesh_ledger_requests_total [1-9]", re.MULTILINE)
+    eventually(lambda: counted.search(hosts.get("host-1", "http://10.0.0.1:8016/metrics")), _SECONDS)
     summary = hosts.get("host-1", "http://127.0.0.1:8080/api/summary")
     assert "host-2" in summary
     assert "host-3" in summary

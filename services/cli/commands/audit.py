@@ -7,11 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 import grpc
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 from ringmesh.audit.v1 import audit_pb2, audit_pb2_grpc
 
-from services.cli.commands import running, tables
+from services.cli.commands import running
 from services.cli.commands.cost import moment
 from services.runtime.rpc.audit_log import time_text
 
@@ -43,9 +42,13 @@ def lines(found: Sequence[audit_pb2.Entry]) -> Iterator[str]:
         yield json.dumps({**line, "peer": entry.peer, "result": entry.result})
 
 
-def listing(found: Sequence[audit_pb2.Entry]) -> Table:
-    table = tables.create("time", "process", "who", "from", "result", "method", "about")
+def listing(found: Sequence[audit_pb2.Entry]) -> Text:
+    """One line for each entry, whole, however wide the terminal is; of a method its name, as in the console."""
+    rows = [("time", "process", "who", "from", "result", "method", "about")]
     for entry in found:
-        row = (entry.process, entry.who, entry.peer, entry.result, entry.method, entry.error or entry.request)
-        table.add_row(time_text(entry.at_ms), *map(escape, row))
-    return table
+        about = (entry.error or ("" if entry.request == "{}" else entry.request)).replace("\n", " ")
+        named = (entry.process, entry.who, entry.peer, entry.result, entry.method.rpartition("/")[2])
+        rows.append((time_text(entry.at_ms), *named, about))
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    padded = (zip(row, (*widths, 0), strict=True) for row in rows)
+    return Text("\n".join("  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded))

@@ -18,7 +18,9 @@ def states(address: str) -> ledger_pb2.ListBudgetsResponse:
 
 
 def listing(found: ledger_pb2.ListBudgetsResponse) -> Table:
-    table = tables.create("tenant", "model", "a", ">soft", ">hard", ">spent", ">leased", "currency", "renews", "")
+    table = tables.create(
+        "tenant", "model", "period", ">soft", ">hard", ">spent", ">leased", "currency", "renews", "", widest=40
+    )
     for state in found.budgets:
         budget = state.budget
         table.add_row(

@@ -20,7 +20,11 @@ def create(file: Path, id: str, tenant: str, roles: list[str], models: list[str]
         with file.open("a") as lines:
             lines.write(entry.model_dump_json(exclude_defaults=True) + "\n")
     except ValidationError as error:
-        raise CommandError("; ".join(fault["msg"] for fault in error.errors())) from None
+        faults = (
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": Value error, ")
+            for fault in error.errors()
+        )
+        raise CommandError("; ".join(faults)) from None
     except ValueError:
         raise CommandError(f"a role is one of {', '.join(Role)}") from None
     except OSError as error:

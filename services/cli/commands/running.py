@@ -62,4 +62,6 @@ def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer], secr
         details = status.details() or ""
         if status.code() is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
             raise CommandError(f"no {process} answers at {address}; is it running?") from None
+        if status.code() is grpc.StatusCode.UNAUTHENTICATED:
+            details += "; RINGMESH_API_KEY has the key of these commands"
         raise CommandError(f"the {process} at {address} answered {status.code().name}: {details}") from None

@@ -44,8 +44,11 @@ class SampleRequest:
             request.parameters["sequence_start"].bool_param = True
         return request
 
-    def grpcurl(self, router: str, header: str = "", tls: TlsFiles | None = None) -> str:
-        """Returns a command that sends the request to `router`, host:port."""
+    def grpcurl(self, router: str, header: str = "", tls: TlsFiles | None = None, *, has_keys: bool = False) -> str:
+        """Returns a command that sends the request to `router`, host:port.
+
+        `has_keys`: callers need a key, which is read from RINGMESH_API_KEY.
+        """
         request = self.message()
         raw = [*request.raw_input_contents]
         request.ClearField("raw_input_contents")
@@ -53,6 +56,7 @@ class SampleRequest:
         if tls is not None and tls.client_ca is not None:
             transport += " -cert client.pem -key client-key.pem"
         command = f"{shell.script('grpcurl')} {transport}" + (f" -H {shlex.quote(header)}" if header else "")
+        command += ' -H "authorization: Bearer $RINGMESH_API_KEY"' if has_keys else ""
         method = f"{router} inference.GRPCInferenceService/ModelInfer"
         contents = [self._contents(tensor) for tensor in request.inputs]
         if None not in contents:
@@ -70,7 +74,7 @@ class SampleRequest:
         ]
         return shell.python(lines, then=f"{command} -d @ {method}")
 
-    def python(self, router: str, tls: TlsFiles | None = None) -> str:
+    def python(self, router: str, tls: TlsFiles | None = None, *, has_keys: bool = False) -> str:
         bfloat16 = "ml_dtypes, " if any(tensor.datatype == "BF16" for tensor in self.inputs) else ""
         lines = [f"import {bfloat16}numpy as np, tritonclient.grpc as triton", "inputs = []"]
         for tensor in self.inputs:
@@ -86,6 +90,9 @@ class SampleRequest:
         if tls is not None and tls.client_ca is not None:
             security += ", certificate_chain='client.pem', private_key='client-key.pem'"
         options = ", sequence_id=1, sequence_start=True" if self.sequence else ""
+        if has_keys:
+            lines.insert(0, "import os")
+            options += ", headers={'authorization': 'Bearer ' + os.environ['RINGMESH_API_KEY']}"
         return shell.python(
             [
                 *lines,

@@ -50,14 +50,18 @@ class Screen:
         self._console.print()
         self._console.print(table)
 
-    def first_calls(self, router: str, sample: SampleRequest, tls: TlsFiles | None) -> None:
+    def first_calls(self, router: str, sample: SampleRequest, tls: TlsFiles | None, *, has_keys: bool) -> None:
         """Prints commands for a first request and its trace verbatim, so that they can be copied."""
+        if has_keys:
+            self.say(
+                "callers need a key in RINGMESH_API_KEY; grpcurl one with the role operate, which reflection needs"
+            )
         trace_id = w3c.new_trace_id()
         traceparent = f"traceparent: {w3c.traceparent(trace_id, w3c.new_span_id(), sampled=True)}"
         for title, command in (
-            ("grpcurl", sample.grpcurl(router, traceparent, tls)),
+            ("grpcurl", sample.grpcurl(router, traceparent, tls, has_keys=has_keys)),
             ("its trace", shell.trace(trace_id, self._state)),
-            ("tritonclient", sample.python(router, tls)),
+            ("tritonclient", sample.python(router, tls, has_keys=has_keys)),
         ):
             self._console.print(f"\n[bold]{title}[/]")
             self.say(command)

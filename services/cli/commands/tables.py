@@ -7,11 +7,17 @@ from datetime import UTC, datetime
 from rich.table import Table
 
 
-def create(*columns: str, title: str | None = None, gap: int = 2) -> Table:
-    """Returns a table with one-line cells. A column whose name begins with ">" is aligned to the right."""
+def create(*columns: str, title: str | None = None, gap: int = 2, widest: int | None = None) -> Table:
+    """Returns a table with one-line cells. A column whose name begins with ">" is aligned to the right.
+
+    `widest`: characters of a cell, unless it is a number; the end of longer text, such as a tenant's name, is left out.
+    """
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for name in columns:
-        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+        if name.startswith(">"):
+            table.add_column(name.removeprefix(">"), justify="right", no_wrap=True)
+        else:
+            table.add_column(name, no_wrap=True, max_width=widest)
     return table
 
 

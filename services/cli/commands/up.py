@@ -14,8 +14,7 @@ from services.runtime.rpc.access import warning
 
 def warnings(address: str) -> list[str]:
     """About variables that have no effect, and about a router at `address` that is open to other hosts."""
-    has_keys = not {"RINGMESH_API_KEYS", "RINGMESH_JWT_KEYS"}.isdisjoint(os.environ)
-    exposed = warning(address, has_keys=has_keys)
+    exposed = warning(address, has_keys=_has_keys())
     return [*variables.unknown(os.environ), *([exposed] if exposed else [])]
 
 
@@ -28,10 +27,15 @@ async def serve(screen: Screen, options: StackOptions) -> int:
     if failures and "RINGMESH_POLL_SECONDS" not in os.environ:
         screen.say("load a repaired model on its page of the console; RINGMESH_POLL_SECONDS=5 does it by polling")
     if sample is not None:
-        screen.first_calls(options.endpoints.router, sample, options.tls)
+        screen.first_calls(options.endpoints.router, sample, options.tls, has_keys=_has_keys())
     screen.say("ready")
     try:
         await asyncio.Event().wait()
     finally:
         screen.say("draining; press Ctrl-C again to kill all processes")
     return 0
+
+
+def _has_keys() -> bool:
+    """Whether callers need a key or a token."""
+    return not {"RINGMESH_API_KEYS", "RINGMESH_JWT_KEYS"}.isdisjoint(os.environ)

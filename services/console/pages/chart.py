@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from services.console.data.history import Floats
-from services.console.data.units import UNKNOWN, clock, seconds
+from services.console.data.units import UNKNOWN, clock, seconds, size
 
 _WIDTH, _HEIGHT = 600.0, 120.0
 
@@ -27,7 +27,10 @@ def plot(
     curves = {label: missing if line is None else line for label, line in lines.items()}
     known = {label: curve[~np.isnan(curve)] for label, curve in curves.items()}
     empty = not any(map(len, known.values()))
-    top = _nice(max([least, *(values.max(initial=0.0) for values in known.values())]) or 1.0)
+    highest = max([least, *(values.max(initial=0.0) for values in known.values())]) or 1.0
+    # Sizes are shown in powers of 1024.
+    prefix = 1024.0 ** math.floor(math.log(highest, 1024)) if unit is size else 1.0
+    top = prefix * _nice(highest / prefix)
     now = {label: unit(values[-1] if len(values) else math.nan) for label, values in known.items()}
     peaks = {label: unit(values.max() if len(values) else math.nan) for label, values in known.items()}
     legend = (

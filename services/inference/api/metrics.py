@@ -21,7 +21,10 @@ STAGE = Family(
 )  # fmt: skip
 BATCH_ROWS = Family("ringmesh_worker_batch_rows", "histogram", "rows of the batches that ran", _MODEL)
 QUEUED = Family("ringmesh_worker_queue_depth", "gauge", "requests that wait for a batch", _MODEL)
-MEMORY = Family("ringmesh_worker_model_bytes", "gauge", "memory of a model; 0 while it is not in memory", _MODEL)
+MEMORY = Family(
+    "ringmesh_worker_model_bytes", "gauge",
+    "memory of a model, with RINGMESH_MODEL_MEMORY_BYTES; 0 while it is not in memory", _MODEL,
+)  # fmt: skip
 LOADS = Family("ringmesh_worker_model_loads_total", "counter", "times a model was loaded", _MODEL)
 LOADED = Family(
     "ringmesh_worker_model_info", "gauge", "always 1; a model that the worker holds, with its execution provider",

@@ -85,7 +85,7 @@ class Ensemble:
             try:
                 made._steps.append(find(step.model, step.version))
             except (NotFoundError, UnavailableError) as error:
-                made._steps, made.runnable = [], Verdict(f"step {step.model!r}: {error.message}")
+                made._steps, made.runnable = [], _without_step(step.model, error)
                 break
         made.lacks_steps = not made._steps
         if made._steps:
@@ -154,6 +154,14 @@ class Ensemble:
             for step in self._steps
         ]
         return ensemble.fits(self.plan, _datatypes(self.inputs), _datatypes(self.outputs), signatures)
+
+
+def _without_step(name: str, error: RingmeshError) -> Verdict:
+    """Why an ensemble cannot run without the step `name`, from the error of looking it up."""
+    if isinstance(error, NotFoundError) and error.field == "model_name":
+        _, found, near = error.message.rpartition("; did you mean ")
+        return Verdict(f"its step {name!r} is not loaded{found}{near if found else ''}")
+    return Verdict(f"step {name!r}: {error.message}")
 
 
 def _datatypes(specs: Mapping[str, TensorSpec]) -> dict[str, str]:

@@ -444,6 +444,8 @@ def _load_error(name: str, error: Exception) -> RingmeshError:
         return UnavailableError(f"failed to load {name!r}: cannot write its files: {error.strerror}")
     if isinstance(error, RingmeshError):
         return error
+    if isinstance(error, NoSuchModelError):
+        return NotFoundError(f"failed to load {name!r}: {error}", field="model_name")
     if isinstance(error, RepositoryUnavailableError) or machine_fault(error):
         return UnavailableError(f"failed to load {name!r}: {error}")
     return InvalidArgumentError(f"failed to load {name!r}: {error}", field="model_name")

@@ -251,13 +251,16 @@ class WorkerAdvice:
             apart = sum(cost for cost, _ in each.values())
             if apart > together:
                 most = max(own, key=lambda place: own[place].workers)
+                count = own[most].workers
+                enough = "1 is enough" if count == 1 else f"{count} are enough"
                 found.append(
                     self._recommendation(
                         ledger_pb2.Recommendation.KIND_SHARE,
                         models,
                         f"let them share workers of type {worker_type}",
-                        f"in the hour from {text(self._hours[most].span.from_ms)}, {own[most].workers} are enough for "
-                        f"them together, and {sum(counts[most] for _, counts in each.values())} if each has its own",
+                        f"in the hour from {text(self._hours[most].span.from_ms)}, {enough} for "
+                        f"them together, and {sum(counts[most] for _, counts in each.values())} "
+                        "if each has its own",
                         apart - together,
                     )
                 )

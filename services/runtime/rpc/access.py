@@ -22,10 +22,10 @@ from blake3 import blake3
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from services.runtime.errors import PermissionDeniedError, RingmeshError
+from services.runtime.errors import PermissionDeniedError, RingmeshError, UnauthenticatedError
 from services.runtime.rpc import client_certificate
 from services.runtime.rpc.api_keys import ApiKeys
-from services.runtime.rpc.audit_log import AuditLog, summary
+from services.runtime.rpc.audit_log import UNKNOWN, AuditLog, summary
 from services.runtime.rpc.backlog import parse_peer
 from services.runtime.rpc.calls import observed
 from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
@@ -145,7 +145,7 @@ class Access:
             try:
                 return who(metadata, peer, data)
             except RingmeshError as error:
-                self.audit.refused(method, peer, error.code.name, error.message)
+                self.audit.refused(method, peer, error.code.name, error.message, self._holder(metadata))
                 raise
 
         return check
@@ -184,6 +184,15 @@ class Access:
             return tokens.identity(authorization)
         assert keys is not None
         return keys.identity(authorization)
+
+    def _holder(self, metadata: Metadata) -> str:
+        """Whose key, token or certificate a refused call has, as in the audit log."""
+        if not self.is_closed:
+            return UNKNOWN
+        try:
+            return str(self.identity(_value(metadata, AUTHORIZATION), _value(metadata, CLIENT_CERTIFICATE)))
+        except UnauthenticatedError:
+            return UNKNOWN
 
     def peer(self, metadata: Metadata, peer: str) -> str:
         """Returns who called the TLS edge, if this server is behind one; else `peer`, who called the server."""

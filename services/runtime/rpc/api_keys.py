@@ -157,7 +157,8 @@ def _read(path: Path) -> dict[str, Identity]:
             except ValidationError as error:
                 first = error.errors()[0]
                 field = ".".join(map(str, first["loc"])) or "the line"
-                raise KeyFileError(f"{path}, line {number}: {field}: {first['msg']}") from None
+                message = first["msg"].removeprefix("Value error, ")
+                raise KeyFileError(f"{path}, line {number}: {field}: {message}") from None
             found[entry.sha256 or _certificate(entry.certificate)] = entry.identity()
     return found
 

@@ -17,7 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import text_format
 from google.protobuf.message import Message
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 _REFUSALS_A_SECOND = 10
 _LONGEST = 200
 _MOST_RECENT = 1000
+# A caller without a valid key, token or certificate.
+UNKNOWN = "unknown"
 
 
 class AuditLog:
@@ -59,7 +63,7 @@ class AuditLog:
         except OSError as error:
             log.error("cannot write the audit log (%s): %s", error, line)
 
-    def refused(self, method: str, peer: str, result: str, message: str, who: str = "unknown") -> None:
+    def refused(self, method: str, peer: str, result: str, message: str, who: str = UNKNOWN) -> None:
         """Records a refused call, unless there were too many in this second; the next line counts those."""
         second = int(time.monotonic())
         if second != self._second:
@@ -84,8 +88,11 @@ def summary(request: Message) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
+    if isinstance(value, v2.ModelInferRequest):  # of `Explain`; its tensors are the caller's
+        return {"model_name": value.model_name[:_LONGEST], "bytes": value.ByteSize()}
     if isinstance(value, Message):
-        return str(value).strip() if value.ByteSize() <= _LONGEST else f"{value.ByteSize()} bytes"
+        is_short = value.ByteSize() <= _LONGEST
+        return text_format.MessageToString(value, as_one_line=True) if is_short else f"{value.ByteSize()} bytes"
     if isinstance(value, bytes):
         return value[:_LONGEST].hex()
     if isinstance(value, str):

@@ -290,7 +290,7 @@ async def test_an_explanation_has_what_was_measured_and_counts_nothing(router):
     told = router.mesh.explain(router.key(), router.subject)
     assert re.fullmatch(
         "looked up while computing: .*; recently computing took 4 ms, a look-up 1 ms, a write 0 ms, "
-        "and 25% of the look-ups were hits",
+        "and the hit ratio counts as 25%",
         told,
     )
     assert router.decisions() == {}

@@ -10,11 +10,19 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.router.v1 import router_pb2
 
 from services.console import app
-from services.console.data.fleet_watch import FleetSnapshot, FleetWatch, LoadFailure, ModelView, ServiceView
+from services.console.data.fleet_watch import (
+    FleetSnapshot,
+    FleetWatch,
+    LoadFailure,
+    ModelReplica,
+    ModelView,
+    ServiceView,
+)
 from services.console.data.history import History
 from services.console.data.ledger import LedgerReports
 from services.console.data.scraper import Scraper
@@ -81,10 +89,11 @@ class Console:
         self.router, address = await serve_router(self.calls)
         self.fleet = FleetWatch((address,), address, "the credential")
         worker = router_pb2.Worker(id="w", address="w:1", healthy=True, share=1)
+        mlp = (ModelReplica("w", inference_pb2.ModelVersion(name="mlp", version="1")),)
         self.fleet.view = FleetSnapshot(
             (ServiceView(address, "", (worker,)),),
             ServiceView(address, ""),
-            (ModelView("mlp", "1", "READY", ""), ModelView("broken", "1", "UNAVAILABLE", "its file is truncated")),
+            (ModelView("mlp", "1", "READY", "", mlp), ModelView("broken", "1", "UNAVAILABLE", "its file is truncated")),
             (LoadFailure("w", "broken", "1", "its file is truncated"),),
         )
         self.traces = TraceStore(max_bytes=1 << 20, max_traces=100)
@@ -214,6 +223,15 @@ def test_the_page_of_a_worker_shows_its_gpus(console):
     console.history.add("w", [sample(f"ringmesh_gpu_{part}", gpu, value) for part, value in values.items()])
     page = console.ask("GET", "/workers/w")[1]
     assert all(text in page for text in ("NVIDIA H200", "50 %", "35 GiB", "140 GiB", "312 W", "GPU memory"))
+
+
+def test_the_page_of_a_worker_says_when_the_memory_of_models_is_measured(console):
+    assert "RINGMESH_MODEL_MEMORY_BYTES" in console.ask("GET", "/workers/w")[1]
+    model = {"model": "mlp", "version": "1"}
+    console.history.add("w", [sample("ringmesh_worker_model_bytes", model, 3 << 20)])
+    page = console.ask("GET", "/workers/w")[1]
+    assert "3 MiB" in page
+    assert "RINGMESH_MODEL_MEMORY_BYTES" not in page
 
 
 def test_a_worker_that_is_not_known_is_said_in_words(console):

@@ -35,6 +35,20 @@ def test_a_curve_is_interrupted_where_values_are_missing():
 
 
 @pytest.mark.parametrize(
+    ("unit", "highest", "top"),
+    [
+        (units.size, 160 << 20, "200 MiB"),
+        (units.size, 900, "1000 B"),
+        (units.size, 0, "1 B"),
+        (units.number, 160, "200"),
+    ],
+)
+def test_a_scale_ends_at_a_round_number_of_its_unit(unit, highest, top):
+    svg = plot("a", EDGES, {"x": np.array([0.0, 0.0, highest])}, unit)
+    assert f'<span class="top">{top}</span>' in svg
+
+
+@pytest.mark.parametrize(
     ("value", "words"),
     [
         (3.6e-09, "3.6e-09"),

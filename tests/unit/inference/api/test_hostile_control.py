@@ -163,8 +163,9 @@ def test_what_is_no_name_or_number_is_an_invalid_argument(served, what):
 async def test_names_of_no_model_are_not_remembered(tmp_path):
     models.mlp(tmp_path)
     made = await store(tmp_path)
-    for overrides in (None, Overrides(config="{}", files={"1/model.onnx": b"broken"})):
-        with pytest.raises(InvalidArgumentError, match="failed to load"):
+    broken = Overrides(config="{}", files={"1/model.onnx": b"broken"})
+    for overrides, refused in ((None, NotFoundError), (broken, InvalidArgumentError)):
+        with pytest.raises(refused, match="failed to load 'nobody'"):
             await made.load("nobody", overrides)
         assert [line.name for line in await made.index()] == ["mlp"]
         with pytest.raises(NotFoundError):

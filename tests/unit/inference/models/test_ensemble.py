@@ -116,7 +116,8 @@ def edit(folder, old, new):
         ('key: "b"', 'key: "z"', "no output 'z'"),
         ('"in" data_type: TYPE_FP32', '"in" data_type: TYPE_INT8', "takes 'x' as FP32, and tensor 'in' is INT8"),
         ('name: "out" data_type: TYPE_FP32', 'name: "out" data_type: TYPE_INT8', "'out' is FP32.*says INT8"),
-        ('model_name: "doubled"', 'model_name: "nobody"', "'nobody' is not found"),
+        ('model_name: "doubled"', 'model_name: "nobody"', "its step 'nobody' is not loaded"),
+        ('model_name: "doubled"', 'model_name: "double"', "its step 'double' is not loaded; did you mean 'doubled'\\?"),
         ('model_name: "doubled"', 'model_name: "pipeline"', "is an ensemble; a step must be a model"),
     ],
 )
@@ -127,7 +128,7 @@ async def test_steps_that_do_not_fit_are_named_in_the_index(tmp_path, old, new, 
     assert re.search(words, store.held.find("pipeline", "").model.runnable.reason)
     (line,) = [line for line in await store.index() if line.name == "pipeline"]
     assert re.search(words, line.reason)
-    assert ("a router runs" in line.reason) == ("is not found" in words)
+    assert ("a router runs" in line.reason) == ("is not loaded" in words)
     assert line.state == UNAVAILABLE
 
 
@@ -163,7 +164,7 @@ async def test_a_replaced_step_is_another_digest_of_the_ensemble(tmp_path):
     await store.load("mlp")
     assert store.held.find("pipeline", "").model.digest != before.digest
     await store.unload("mlp")
-    assert "'mlp' is not found" in store.held.find("pipeline", "").model.runnable.reason
+    assert "its step 'mlp' is not loaded" in store.held.find("pipeline", "").model.runnable.reason
 
 
 async def test_an_ensemble_has_its_own_labels_or_those_of_the_step_that_makes_the_output(tmp_path):

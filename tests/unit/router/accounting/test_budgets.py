@@ -37,6 +37,20 @@ def test_a_request_is_refused_once_its_lease_is_spent():
     budgets.check("", "mlp")
 
 
+@pytest.mark.parametrize(
+    ("hard_nano", "shown"),
+    [(100, "0.0000001"), (2_500_000_000, "2.5"), (1000 * 10**9, "1,000"), (1_234_567 * 10**9, "1,234,567")],
+)
+def test_a_refusal_names_the_budget_as_it_was_set(hard_nano, shown):
+    budgets = Budgets(lambda: MONTH / 1000 - 1)
+    answer = leases(1, tenant="acme")
+    answer.leases[0].budget.hard_nano = hard_nano
+    renew(budgets, answer)
+    budgets.charge("acme", "mlp", "cpu", 1, 0)
+    with pytest.raises(ResourceExhaustedError, match=f"the budget of tenant 'acme', {shown} USD a month, is used up"):
+        budgets.check("acme", "mlp")
+
+
 @pytest.mark.parametrize("names", [{"tenant": "acme"}, {"model": "mlp"}, {"tenant": "acme", "model": "mlp"}])
 def test_a_budget_is_charged_for_its_own(names):
     budgets = Budgets(lambda: MONTH / 1000 - 1)

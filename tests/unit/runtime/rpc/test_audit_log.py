@@ -7,7 +7,9 @@ import grpc
 import pytest
 from ringmesh.audit.v1 import audit_pb2, audit_pb2_grpc
 from ringmesh.cache.v1 import cache_pb2
+from ringmesh.ledger.v1 import ledger_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.router.v1 import router_pb2
 
 from services.runtime.rpc import audit_log
 from services.runtime.rpc.access import CREDENTIAL, LOOPBACK, credential_of
@@ -87,18 +89,18 @@ async def test_callers_without_keys_are_told_apart_by_network_and_credential(ask
     assert [line["request"] for line in found] == [{"tenant": "acme"}] * 2
 
 
-async def test_a_refused_call_is_recorded_with_its_reason_and_without_the_key(ask, lines, file):  # noqa: F811
+async def test_a_refused_call_is_recorded_with_its_caller_and_reason_and_without_the_key(ask, lines, file):  # noqa: F811
     reader = add(file, "reader", roles=["read"])
     keys = ApiKeys(file)
-    for metadata, result in (
-        (bearer(reader), "PERMISSION_DENIED"),
-        (bearer("rmk_wrong"), "UNAUTHENTICATED"),
-        ((), "UNAUTHENTICATED"),
+    for metadata, result, who in (
+        (bearer(reader), "PERMISSION_DENIED", "key reader"),
+        (bearer("rmk_wrong"), "UNAUTHENTICATED", "unknown"),
+        ((), "UNAUTHENTICATED", "unknown"),
     ):
         for method in (f"{V2}/LogSettings", "ringmesh.inference.v1.InferenceWorkerService/Execute"):
             assert await ask(method, b"", metadata, keys=keys) == result
             (line,) = lines()
-            assert (line["who"], line["method"], line["result"]) == ("unknown", method, result)
+            assert (line["who"], line["method"], line["result"]) == (who, method, result)
             assert line["error"]
             assert "rmk_" not in json.dumps(line)
 
@@ -134,9 +136,16 @@ def test_a_summary_fits_in_a_line(tmp_path):
     settings = v2.LogSettingsRequest()
     settings.settings["log_info"].bool_param = False
     assert summary(settings) == {"settings": {"log_info": "bool_param: false"}}
+    budget = ledger_pb2.Budget(tenant="acme", period=ledger_pb2.PERIOD_DAY)
+    assert summary(ledger_pb2.SetBudgetRequest(budget=budget)) == {"budget": 'tenant: "acme" period: PERIOD_DAY'}
     assert summary(cache_pb2.PurgeRequest(key=b"\x01\xff")) == {"key": "01ff"}
     assert summary(cache_pb2.WarmRequest(keys=[b"a"] * 1000)) == {"keys": "1000 items"}
     assert summary(v2.RepositoryModelLoadRequest(model_name="x" * 10_000)) == {"model_name": "x" * 200}
+
+
+def test_a_summary_of_a_request_to_explain_has_no_tensors():
+    request = v2.ModelInferRequest(model_name="mlp", raw_input_contents=[b"secret"])
+    assert summary(router_pb2.ExplainRequest(request=request)) == {"request": {"model_name": "mlp", "bytes": 13}}
 
 
 LIST = "ringmesh.audit.v1.AuditService/List"
