@@ -39,7 +39,7 @@ Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-peer", "hit-semanti
 
 
 class Computed:
-    """A computed answer. `key` is the cache key with the model version that ran; None if the answer is not cached.
+    """A computed answer. `key` is its cache key; None if the answer is not cached.
 
     `freshness` is the freshness of the model; None if answers do not expire. `seconds` is the time that computing took,
     including the trip to the worker. `model_digest`: of the version that ran; b"" if none did.
@@ -261,8 +261,9 @@ class Mesh:
             found.reason = decision.reason
             return found
         except InvalidArgumentError as error:
-            # The request is invalid on every worker.
-            self.refusals.keep(key, error)
+            # The request is invalid on every worker, but another version of the model may take it.
+            if not error.model_digest or subject.id.startswith(error.model_digest):
+                self.refusals.keep(key, error)
             raise
         finally:
             self._leaders.pop(key, None)

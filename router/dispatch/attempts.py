@@ -204,7 +204,9 @@ class Attempts:
             return outcome, member
         failure = outcome.failure
         if failure.code not in _ELSEWHERE:
-            raise from_failure(failure)
+            error = from_failure(failure)
+            error.model_digest = outcome.model_digest
+            raise error
         if not self._under_way:
             self._skipped.append(f"{member.worker_id}: {failure.message}")
             # Also applies to a sequence that began at another worker, before its ring hash moved to this one.

@@ -52,8 +52,7 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
         try:
             entry = await infer(step_request.SerializeToString())
         except RingmeshError as error:
-            error.message = f"step {step.model!r} of ensemble {model.name!r}: {error.message}"
-            raise
+            raise error.within(f"step {step.model!r} of ensemble {model.name!r}") from None
         compute_us += entry.compute_us
         answer = v2.ModelInferResponse.FromString(entry.value)
         return {

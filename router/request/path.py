@@ -262,8 +262,8 @@ class RequestPath:
         if call.failed is not None:
             self._replies.computed_late(call)
         entry = Entry(result.response, int(timing.share_us))
-        key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
         took = time.monotonic() - start
+        key = _key(call, model, epochs) if result.model_digest == model.digest else None
         return Computed(entry, key, member.worker_id, model.freshness, took, result.model_digest)
 
     def _forward(
@@ -305,9 +305,9 @@ class RequestPath:
         """Runs an ensemble step by step. Its answer is as old as the oldest step that has a time to live.
 
         If a step was replaced meanwhile, runs it again, with the steps that the router knows by then: an answer must
-        not mix old and new steps. It is cached only if all steps were those of its key.
+        not mix old and new steps. It is cached only if the first run had the steps of its key.
         """
-        start = time.monotonic()
+        start, asked = time.monotonic(), model.digest
         key: bytes | None = None
         for pause in _PAUSES:
             assert model.plan is not None
@@ -317,7 +317,7 @@ class RequestPath:
             entry = await in_task(ensembles.run(model, model.plan, call.data, infer))
             entry.created_at_ms = min(ages, default=entry.created_at_ms)
             if ran == model.step_digests:
-                key = epochs.key(model.digest, model.name, call.request_hash) if call.request_hash else None
+                key = _key(call, model, epochs) if model.digest == asked else None
                 break
             await in_task(asyncio.sleep(pause))
             with suppress(RingmeshError):  # this version may be unloaded by now
@@ -364,3 +364,9 @@ class RequestPath:
         if call.model.freshness is not None:
             ages.append(found.entry.created_at_ms)
         return found.entry
+
+
+def _key(call: Call, model: ModelEntry, epochs: Epochs) -> bytes | None:
+    """The key of an answer of the version for which the request was hashed. Another version's answer has none: the hash
+    depends on the model's outputs, and on whether its tenants share answers."""
+    return epochs.key(model.digest, model.name, call.request_hash) if call.request_hash else None

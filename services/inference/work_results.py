@@ -12,7 +12,7 @@ from services.inference.codec.request import Decoded, encode_response
 from services.inference.models.held_models import HeldModel
 from services.inference.scheduling.batcher import BatchResult
 from services.runtime import faults, wire
-from services.runtime.errors import ResourceExhaustedError, kind_of
+from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError, kind_of
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import SplitResult
 
@@ -66,6 +66,8 @@ def build_results(
             results.append(SplitResult(None, response, serialized))
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
+            if isinstance(error, InvalidArgumentError):
+                error.model_digest = held.model.digest
             results.append(failed(error, start, held.model.name, decoded.trace_context))
     now = time.time_ns()
     for run in runs:
@@ -125,7 +127,8 @@ def failed(error: Exception, start: int, model: str = "", trace_context: bytes =
     what = f"a request of model {model} failed" if model else "a request failed"
     shown = faults.reported(log, what, error, trace_context[:16].hex())
     timing = inference_pb2.Timing(received_unix_ns=start, total_us=(time.time_ns() - start) // 1000)
-    return SplitResult(inference_pb2.WorkResult(failure=shown.to_failure(), timing=timing), b"")
+    failure = inference_pb2.WorkResult(failure=shown.to_failure(), model_digest=shown.model_digest, timing=timing)
+    return SplitResult(failure, b"")
 
 
 def joined(result: SplitResult, start: int) -> SplitResult:

@@ -20,7 +20,7 @@ from services.inference.scheduling.request_queue import QueuedRequest
 from services.inference.work_results import build_results, failed, is_large, joined
 from services.runtime import driver
 from services.runtime.driver import ON_LOOP, in_task
-from services.runtime.errors import DeadlineExceededError, kind_of
+from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, kind_of
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import SplitResult
 from services.runtime.oip.infer_request import Read, RequestReader, SplitRequest
@@ -148,6 +148,8 @@ class Worker:
             raise
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
+            if isinstance(error, InvalidArgumentError):
+                error.model_digest = held.model.digest
             raise
         finally:
             if key:

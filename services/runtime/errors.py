@@ -20,7 +20,7 @@ and router.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import grpc
 from ringmesh.inference.v1 import inference_pb2
@@ -37,6 +37,8 @@ class RingmeshError(Exception):
     code: ClassVar[grpc.StatusCode]
     # The cause in one word, finer than the code: metrics, spans and logs distinguish errors by it.
     kind: str
+    # Digest of the model version that refused the request on a worker; b"": none did.
+    model_digest = b""
     # Seconds after which a retry may succeed; None: unknown.
     retry_after: float | None = None
 
@@ -47,6 +49,14 @@ class RingmeshError(Exception):
         self.field = field
         if kind:
             self.kind = kind
+
+    def within(self, what: str) -> Self:
+        """Returns this error as one of `what`. A copy: others may be told of this one, or it may be cached."""
+        message = _clipped(f"{what}: {self.message}")
+        error = type(self).__new__(type(self), message)  # subclasses have other arguments
+        error.__dict__.update(self.__dict__)
+        error.message = message
+        return error
 
     def to_failure(self) -> inference_pb2.Failure:
         return inference_pb2.Failure(code=self.code.value[0], message=self.message, field=self.field, kind=self.kind)

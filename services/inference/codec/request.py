@@ -19,7 +19,7 @@ from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from services.runtime.large_bytes import LARGE_BYTES, join_arrays
 from services.runtime.oip.infer_request import Read
 from services.runtime.oip.protocol import SEQUENCE_TENANT, sequence_of
-from services.runtime.oip.request_check import check_request, check_shape, shown
+from services.runtime.oip.request_check import check_request, check_shape, shown, whole_number
 from services.runtime.oip.tensors import decode, encode, raw_from_contents
 from services.runtime.request_limits import MAX_STRINGS
 
@@ -139,8 +139,8 @@ def decode_request(
         return decoded
     decoded.classes = classes
     decoded.regions = regions
-    decoded.priority = _whole(request.parameters, "priority", "parameters.priority")
-    decoded.timeout_us = _whole(request.parameters, "timeout", "parameters.timeout")
+    decoded.priority = whole_number(request.parameters, "priority", "parameters.priority")
+    decoded.timeout_us = whole_number(request.parameters, "timeout", "parameters.timeout")
     decoded.sequence = _sequence(request)
     return decoded
 
@@ -348,23 +348,10 @@ def _flag(request: v2.ModelInferRequest, name: str) -> bool:
     return request.parameters[name].bool_param
 
 
-def _whole(parameters: Mapping[str, v2.InferParameter], name: str, field: str) -> int:
-    """A parameter that is a whole number; 0 if it is not given."""
-    if name not in parameters:
-        return 0
-    given = parameters[name]
-    kind = given.WhichOneof("parameter_choice")
-    if kind not in ("int64_param", "uint64_param") or getattr(given, kind) < 0:
-        raise InvalidArgumentError(
-            f"{name} must be a whole number, 0 or more, in int64_param or uint64_param", field=field
-        )
-    return int(getattr(given, kind))
-
-
 def _region_part(parameters: Mapping[str, v2.InferParameter], field: str) -> tuple[str, int, int]:
     """(region, offset, byte size) of a tensor in shared memory."""
-    offset = _whole(parameters, "shared_memory_offset", field)
-    return parameters[_REGION].string_param, offset, _whole(parameters, "shared_memory_byte_size", field)
+    offset = whole_number(parameters, "shared_memory_offset", field)
+    return parameters[_REGION].string_param, offset, whole_number(parameters, "shared_memory_byte_size", field)
 
 
 class _OutputRegion:

@@ -71,7 +71,8 @@ class DeviceSession:
     def _run_bound(self, outputs: Sequence[str], feeds: Mapping[str, Array], entries: Mapping[str, str]) -> list[Array]:
         binding = self._session.io_binding()
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            # Not by ascontiguousarray, which makes a vector of a scalar.
+            binding.bind_cpu_input(name, np.asarray(array, order="C"))
         buffers: dict[str, onnxruntime.OrtValue] = {}
         for name in outputs:
             shape = self._output_shape(name, feeds)
@@ -131,7 +132,7 @@ class _Graph:
     def run(self, session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> list[Array]:
         """The first runs record the kernels, later runs replay them."""
         for name, array in feeds.items():
-            self._inputs[name].update_inplace(np.ascontiguousarray(array))
+            self._inputs[name].update_inplace(np.asarray(array, order="C"))
         session.run_with_iobinding(self._binding, self._options)
         return list(self._binding.copy_outputs_to_cpu())
 

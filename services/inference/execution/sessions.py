@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from services.inference.codec.tensor_spec import datatype_of
+from services.inference.codec.tensor_spec import UnservableError, datatype_of
 from services.inference.execution import execution
 from services.inference.execution.device_session import DeviceSession, OutputShape, page_locked, run_options
 from services.inference.execution.execution import Execution
 from services.inference.repository.config import ConfigError
 from services.inference.repository.repository import ModelFiles
+from services.runtime.oip.tensors import DATATYPES
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,9 @@ def _runner(
     datatypes = {node.name: datatype_of(node) for node in nodes}
     names = {datatype.name for datatype in datatypes.values() if datatype is not None}
     if "BF16" in names:
+        if strings := [node.name for node in session.get_inputs() if datatypes[node.name] == DATATYPES["BYTES"]]:
+            # Its bindings take an OrtValue for bfloat16, and make none of strings.
+            raise UnservableError(f"it takes {strings[0]!r} as strings beside bfloat16, which ONNX Runtime cannot bind")
         return _Bfloat16Session(session, entries)
     provider = session.get_providers()[0]
     if chosen.device is None or provider == execution.CPU or None in datatypes.values() or "BYTES" in names:
@@ -213,7 +217,7 @@ class _Bfloat16Session(_HostSession):
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
         make = onnxruntime.OrtValue
         values = {
-            name: make.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), _ONNX_BFLOAT16)
+            name: make.ortvalue_from_numpy_with_onnx_type(np.asarray(array, order="C").view(np.uint16), _ONNX_BFLOAT16)
             if array.dtype == ml_dtypes.bfloat16
             else make.ortvalue_from_numpy(array)
             for name, array in feeds.items()

@@ -127,8 +127,7 @@ class Ensemble:
                 batch = await held.submit(step, deadline)
             except RingmeshError as error:
                 held.statistics.failed(time.time_ns() - begun, error.kind)
-                error.message = f"step {held.model.name!r} of ensemble {self.name!r}: {error.message}"
-                raise
+                raise error.within(f"step {held.model.name!r} of ensemble {self.name!r}") from None
             now = time.time_ns()
             held.statistics.succeeded(batch, step.rows, now - begun, now - batch.end_ns)
             assert isinstance(held.model, OnnxModel)  # checked by `resolved`

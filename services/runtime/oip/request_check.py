@@ -28,9 +28,13 @@ def check_request(
 ) -> None:
     """Raises InvalidArgumentError with the wrong field and its expected value.
 
-    It checks names, datatypes, shapes and the numbers of parameters and strings, but neither data nor missing inputs.
+    It checks names, datatypes, shapes, the numbers of parameters and strings, priority and timeout, but neither data
+    nor missing inputs.
     """
     _check_parameters(request.parameters, "parameters")
+    # No part of the cache key: a request may join one with others, and must not be refused because of them.
+    for parameter in ("priority", "timeout"):
+        whole_number(request.parameters, parameter, f"parameters.{parameter}")
     names: set[str] = set()
     strings = 0
     for index, tensor in enumerate(request.inputs):
@@ -94,6 +98,19 @@ def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index:
             field=f"inputs[{index}].shape",
         )
     return math.prod(shape)
+
+
+def whole_number(parameters: Mapping[str, v2.InferParameter], name: str, field: str) -> int:
+    """Returns a parameter that is a whole number, 0 if it is not given. Raises InvalidArgumentError if it is none."""
+    if name not in parameters:
+        return 0
+    given = parameters[name]
+    kind = given.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param") or getattr(given, kind) < 0:
+        raise InvalidArgumentError(
+            f"{name} must be a whole number, 0 or more, in int64_param or uint64_param", field=field
+        )
+    return int(getattr(given, kind))
 
 
 def shown(names: Collection[str]) -> str:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from services.inference.execution.device_session import MAX_GRAPHS, DeviceSession, page_locked
 from tests import models
@@ -47,6 +47,16 @@ def test_the_answers_are_those_of_a_plain_run(session, options):
         x = rows(count, seed=count)
         (answer,) = device.run(["y"], {"x": x})
         assert answer.tobytes() == session.run(["y"], {"x": x})[0].tobytes()
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_scalar_comes_out_as_one(tmp_path, cuda_graphs):
+    x, y = models.value("x", TensorProto.FLOAT), models.value("y", TensorProto.FLOAT)
+    folder = models.save(tmp_path, "m", [helper.make_node("Identity", ["x"], ["y"])], [x], [y])
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    device = on_device(session, cuda_graphs=cuda_graphs, shape=lambda *_: ())
+    (answer,) = device.run(["y"], {"x": np.array(7, np.float32)})
+    assert (answer.shape, answer) == ((), 7)
 
 
 def test_a_buffer_serves_the_next_run_of_its_shape_and_no_answer_changes_afterwards(session):

@@ -50,6 +50,24 @@ def test_bfloat16_keeps_its_bits_also_from_a_slice(tmp_path):
     assert answer.tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("name", models.IDENTITIES)
+def test_a_scalar_comes_out_as_one(tmp_path, name):
+    kind = models.IDENTITIES[name]
+    x, y = models.value("x", kind), models.value("y", kind)
+    model = load(models.save(tmp_path, name, [helper.make_node("Identity", ["x"], ["y"])], [x], [y]))
+    array = np.array(b"1" if name == "bytes" else 1).astype(model.inputs["x"].datatype.dtype)
+    (answer,) = model.run({"x": array}, ["y"])
+    assert np.shape(answer) == ()
+
+
+def test_bfloat16_beside_strings_is_not_served_and_the_reason_is_told(tmp_path):
+    kinds = {"x": TensorProto.BFLOAT16, "s": TensorProto.STRING}
+    nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in kinds]
+    inputs, outputs = ([models.value(name + end, kind, "n") for name, kind in kinds.items()] for end in ("", "_out"))
+    with pytest.raises(ModelLoadError, match="takes 's' as strings beside bfloat16"):
+        load(models.save(tmp_path, "m", nodes, inputs, outputs))
+
+
 def test_strings_that_are_not_utf8_are_refused(tmp_path):
     model = load(models.identity(tmp_path, "bytes"))
     with pytest.raises(InvalidArgumentError, match="UTF-8"):

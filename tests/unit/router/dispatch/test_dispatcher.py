@@ -179,14 +179,15 @@ async def test_a_request_that_ends_its_workers_ends_no_more_of_them_where_it_is_
         made._parts.tails.observe(HEDGED.digest, 0.001)
     result = asyncio.create_task(run(made, HEDGED, request_hash=PLACE))
     # Whoever has it ends, one a turn, but not before the hedge of the first attempt is under way.
-    while not result.done():
-        await asyncio.sleep(0.002)
-        if len(asked) > 1:
-            for _, sent in asked:
-                if sent.done is not None:
-                    sent.done, done = None, sent.done
-                    done(WorkerLostError("Socket closed"))
-                    break
+    async with asyncio.timeout(60):
+        while not result.done():
+            await asyncio.sleep(0.002)
+            if len(asked) > 1:
+                for _, sent in asked:
+                    if sent.done is not None:
+                        sent.done, done = None, sent.done
+                        done(WorkerLostError("Socket closed"))
+                        break
     with pytest.raises(FatalRequestError, match=f"{MOST_ENDED} workers ended while they had it"):
         await result
     assert len(asked) == MOST_ENDED
@@ -198,8 +199,9 @@ async def test_the_other_attempt_of_a_hedged_request_is_left_when_as_many_worker
     for _ in range(64):
         made._parts.tails.observe(HEDGED.digest, 0.001)
     result = asyncio.create_task(run(made, HEDGED, request_hash=PLACE))
-    while len(asked) < 2:
-        await asyncio.sleep(0.002)
+    async with asyncio.timeout(60):
+        while len(asked) < 2:
+            await asyncio.sleep(0.002)
     asked[0][1].done(WorkerLostError("Socket closed"))
     await turns()
     assert (len(asked), result.done()) == (2, False)

@@ -521,3 +521,67 @@ async def test_an_ensemble_runs_again_if_a_step_is_replaced_meanwhile_and_nothin
     router.worker.end(computed(20, DIGEST))
     await until(lambda: router.told[1:])
     assert dict(router.told[1].trailing)["ringmesh-cache"] == "miss"
+
+
+def asking_for_y(**parameters):
+    made = v2.ModelInferRequest.FromString(request())
+    made.outputs.add(name="y")
+    for name, value in parameters.items():
+        made.parameters[name].string_param = value
+    return made.SerializeToString()
+
+
+def serve(router, digest, *outputs):
+    """What a load does: the router's fleet serves model m with this digest and these outputs from now on."""
+    fleet = router.path._fleet
+    metadata = v2.ModelMetadataResponse(name="m", versions=["1"])
+    metadata.inputs.add(name="x", datatype="FP32", shape=[-1])
+    for name in outputs:
+        metadata.outputs.add(name=name, datatype="FP32", shape=[-1])
+    model = inference_pb2.ModelVersion(name="m", version="1", digest=digest, cacheable=True, metadata=metadata)
+    fleet.view = replace(fleet.view, catalog=Catalog([[model]]))
+
+
+async def test_the_answer_of_a_version_with_more_outputs_is_not_kept_for_a_request_that_named_all_of_the_old_one():
+    router, new = Router(), b"n" * 16
+    router.send(asking_for_y())  # of a model with this output alone
+    router.worker.end(inference_pb2.WorkResult(response=b"y alone", model_digest=new))
+    serve(router, new, "y", "z")
+    router.send()
+    router.worker.end(inference_pb2.WorkResult(response=b"y and z", model_digest=new))
+    assert router.answers() == [(b"y alone", "miss"), (b"y and z", "miss")]
+
+
+async def test_what_a_later_version_refused_is_not_refused_after_a_rollback():
+    router, new = Router(), b"n" * 16
+    router.send()
+    router.worker.end(inference_pb2.WorkResult(failure=WRONG.failure, model_digest=new))
+    serve(router, new, "y")
+    serve(router, DIGEST, "y")
+    router.send()
+    router.worker.end()
+    assert router.told[0].code is grpc.StatusCode.INVALID_ARGUMENT
+    assert router.told[1].body == b"answer"
+
+
+@pytest.mark.parametrize("name", ["priority", "timeout"])
+async def test_a_request_with_a_wrong_parameter_that_is_no_part_of_its_key_is_refused_alone(name):
+    router = Router()
+    router.send(asking_for_y(**{name: "soon"}))
+    assert (router.told[0].code, router.worker.sent) == (grpc.StatusCode.INVALID_ARGUMENT, [])
+    assert f"{name} must be a whole number" in router.told[0].message
+    router.send()
+    router.worker.end()
+    assert router.told[1].body == b"answer"
+
+
+async def test_a_caller_of_a_model_is_not_told_of_the_ensemble_whose_step_was_refused_first():
+    router = Router()
+    fleet = router.path._fleet
+    fleet.view = replace(fleet.view, catalog=ensemble_of(DIGEST))
+    router.send(request(model="e"))
+    await until(lambda: router.worker.sent)
+    router.worker.end(WRONG)
+    await until(lambda: router.told)
+    router.send()
+    assert [told.message for told in router.told] == ["step 'm' of ensemble 'e': wrong", "wrong"]
