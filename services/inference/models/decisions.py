@@ -115,7 +115,7 @@ class Decisions:
     def get(self, name: str) -> Decision | None:
         """The decision on a model; None if there is none, or its file is damaged."""
         read = _read(self._folder / _file(name)) if name in self.decided_ns else None
-        return read[1] if read is not None and read[0] == name else None
+        return read[1] if read is not None else None
 
     def next_ns(self, name: str) -> int:
         """The time for a decision made now. It is later than the last decision's, whatever the clock says."""
@@ -178,6 +178,8 @@ def _read(path: Path) -> tuple[str, Decision] | None:
         if magic != _MAGIC or blake3(_HASHED.pack(*fields)).update(request).digest() != hashed:
             raise ValueError("its checksum is wrong")
         message = v2.RepositoryModelLoadRequest.FromString(bytes(request))
+        if path.name != _file(message.model_name):
+            raise ValueError("it has the name of another model's file")
         loaded, fleet, decided_ns = fields
         return message.model_name, Decision(loaded, decided_ns, overrides_of(message), fleet)
     except (OSError, ValueError, struct.error, DecodeError, InvalidArgumentError) as error:

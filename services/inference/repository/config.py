@@ -91,7 +91,7 @@ def parse(text: str, source: str, name: str) -> ModelConfig:
             json_format.Parse(text, message)
         else:
             text_format.Parse(text, message)
-    except (text_format.ParseError, json_format.ParseError) as error:
+    except (text_format.ParseError, json_format.ParseError, ValueError) as error:  # ValueError: the number of an enum
         raise ConfigError(f"{source}: {_with_hint(str(error))}") from None
     _check(message, source, name)
     return message

@@ -117,6 +117,16 @@ async def test_more_than_the_limit_is_refused_and_nothing_has_changed(worker, tm
     assert await answer(store) == before
 
 
+async def test_a_copy_of_a_decision_under_another_name_is_ignored(worker, caplog):
+    store = await worker.start()
+    await store.unload("mlp")
+    (path,) = [path for path in (worker.state / "decisions").iterdir() if path.name != "lock"]
+    path.rename(path.with_name("0" * len(path.name)))
+    store = await worker.start()
+    assert "has the name of another model's file" in caplog.text
+    assert ("mlp", "1", READY) in await states(store)
+
+
 @pytest.mark.parametrize(
     "damage", [lambda data: b"", lambda data: data[:-1], lambda data: data[:60] + b"?" + data[61:]]
 )

@@ -120,6 +120,7 @@ def test_an_unknown_name_is_said_in_one_line_with_the_nearest(text, said):
     [
         ("max_batch_sise: 8", ["max_batch_sise", "1:1"]),
         ("max_batch_size: eight", ["eight"]),
+        ("input { data_type: 99999999999999999999 }", ["99999999999999999999"]),
         ('name: "other"', ["'other'", "'m'"]),
         ('platform: "tensorflow_savedmodel"', ["tensorflow_savedmodel", "onnxruntime_onnx"]),
         ('backend: "python"', ["python", "onnxruntime"]),
