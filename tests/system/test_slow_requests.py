@@ -13,7 +13,7 @@ from tests.system.callers import Callers
 from tests.system.test_cache import INFER, infer
 
 # Some seconds of work: longer than a router waits for a sign of life.
-TURNS = 10_000_000
+TURNS = 5_000_000
 
 
 @pytest.fixture

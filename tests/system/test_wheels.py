@@ -21,8 +21,11 @@ from tests import triton_models
 from tests.installation import ROOT
 from tests.system.conftest import start_stack, stop_stack
 
+# Each builds wheels, for half a minute or more.
+pytestmark = pytest.mark.proof
+
 EXTENSION = sysconfig.get_config_var("EXT_SUFFIX")
-COMPILED = [pytest.mark.proof, pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")]
+COMPILED = pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")
 WHERE = "import cache, ringmesh, router, services as s; print(*(m.__path__ for m in (cache, ringmesh, router, s)))"
 
 
@@ -105,7 +108,6 @@ def test_the_wheels_serve_from_a_clean_environment(request, models, tmp_path, wh
     assert stop_stack(stack) == 0
 
 
-@pytest.mark.proof
 def test_a_new_user_gets_an_answer_of_each_example_model(compiled_wheels, tmp_path, capsys):
     """By scripts/first-answer: a new user's way from the wheels to a first answer, whose time it prints, and on to the
     console in a real browser."""

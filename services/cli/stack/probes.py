@@ -22,7 +22,10 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 async def serves(address: str, service: str = "") -> bool:
-    """Whether grpc.health.v1 answers SERVING for the service, "": for the server as a whole."""
+    """Whether grpc.health.v1 answers SERVING for the service, "": for the server as a whole. `address`: host:port."""
+    # A channel costs much more than a connection that is refused, as most are while processes start.
+    if not await listens(address):
+        return False
     async with grpc.aio.insecure_channel(address, options=LOCAL) as channel:
         try:
             request = health_pb2.HealthCheckRequest(service=service)

@@ -66,6 +66,10 @@ class Connections:
         self._seen = seen
         return all_asked
 
+    def are_open(self) -> bool:
+        """Whether there is any."""
+        return any(True for _ in self._sockets(listening=False))
+
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
         """Yields the remote address of each connection, and the bytes it has acknowledged since the start."""
         for _, _, connection in self._sockets(listening=False):

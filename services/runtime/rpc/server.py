@@ -236,7 +236,7 @@ class Server:
         end = time.monotonic() + _LEAVE_SECONDS
         # grpcio asks the clients of its TLS connections when it stops.
         all_asked = self._tls is not None
-        while (now := time.monotonic()) < end:
+        while (now := time.monotonic()) < end and await asyncio.to_thread(connections.are_open):
             if not all_asked:
                 all_asked = await asyncio.to_thread(connections.release, now)
             await asyncio.sleep(_LEAVE_SECONDS / 10)

@@ -1,10 +1,12 @@
 """GOAWAY beside the frames of an engine: on connections that are established, and on none before."""
 
+import asyncio
 import socket
 
 import pytest
 
 from services.runtime.rpc.connections import Connections
+from services.runtime.rpc.server import Engine, Server
 
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 
@@ -27,3 +29,19 @@ def test_a_connection_on_which_the_engine_has_sent_nothing_is_asked_to_go_when_i
     while not connections.release(1.0):
         pass
     assert client.recv(9, socket.MSG_WAITALL)[3] == 7  # GOAWAY
+
+
+def test_a_connection_is_open_until_it_is_closed_here(pair):
+    accepted, _, connections = pair
+    assert connections.are_open()
+    accepted.close()
+    assert not connections.are_open()
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+async def test_a_server_without_connections_waits_for_no_requests_when_it_stops(engine, monkeypatch):
+    monkeypatch.setattr("services.runtime.rpc.server._LEAVE_SECONDS", 3600)
+    server = Server(engine, "127.0.0.1:0", [], max_message_bytes=1000, max_connection_age=60)
+    await server.start()
+    async with asyncio.timeout(60):
+        await server.stop(0)
