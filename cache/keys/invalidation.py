@@ -195,17 +195,19 @@ class InvalidationLog:
         epoch = int(reply)
         if epoch > LARGEST_EPOCH:
             raise UnavailableError(f"Redis has an epoch above {LARGEST_EPOCH}, which no purge wrote: delete {EPOCHS!r}")
-        written = time.monotonic()
+        # Since when no member is missing that was there before: Redis may be emptied at any time, and forgets them then.
+        complete, known = time.monotonic(), set[bytes]()
         self._merge(dict.fromkeys(scopes, epoch))
         await self._send_heartbeat()
         while True:
             now, *members = await self._run(_MEMBERS_NOW, str(int(_FORGET_SECONDS * 1000)))
             beats = {member: said.split() for member, said in zip(members[::2], members[1::2], strict=True)}
             behind = {member: int(now) - int(at) for member, (version, at) in beats.items() if int(version) < epoch}
-            now_here = time.monotonic()
-            waited = now_here - start
-            # Redis may have been restarted while it was asked to write the purge.
-            if now_here - written >= _SETTLE_SECONDS and (
+            if not known <= beats.keys():
+                complete = time.monotonic()
+            known = set(beats)
+            waited = time.monotonic() - start
+            if time.monotonic() - complete >= _SETTLE_SECONDS and (
                 not behind or (waited >= self._lease and min(behind.values()) > _SILENT_MS)
             ):
                 return epoch, len(beats) - len(behind)
