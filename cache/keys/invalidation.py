@@ -195,7 +195,7 @@ class InvalidationLog:
         epoch = int(reply)
         if epoch > LARGEST_EPOCH:
             raise UnavailableError(f"Redis has an epoch above {LARGEST_EPOCH}, which no purge wrote: delete {EPOCHS!r}")
-        # Since when no member is missing that was there before: Redis may be emptied at any time, and forgets them then.
+        # Since when no member is missing that was there before: Redis forgets them if it is emptied or restarted.
         complete, known = time.monotonic(), set[bytes]()
         self._merge(dict.fromkeys(scopes, epoch))
         await self._send_heartbeat()
