@@ -81,6 +81,18 @@ class MeshSettings(ServiceSettings):
         log.info("RINGMESH_KEY_SECRET is not set: using a random secret, so other routers compute other request hashes")
         return secrets.token_hex(32)
 
+    @property
+    def own_address(self) -> str:
+        """An address that no other process of this host has."""
+        return self.address
+
+    @property
+    def member(self) -> str:
+        """The name under which this process confirms purges. No other has it; it stays across restarts, except on free
+        ports."""
+        address = self.own_address if not self.own_address.endswith(":0") else str(os.getpid())
+        return f"{self.section} {address} on {socket.gethostname()}"
+
     def create_mesh(self, secret: str) -> Mesh:
         """Creates the configured tiers, with entries authenticated by `secret`.
 
@@ -96,10 +108,7 @@ class MeshSettings(ServiceSettings):
                 budget_seconds=self.shared_budget_seconds,
                 create_breaker=lambda: Breaker(time.monotonic),
             )
-        address = self.address if not self.address.endswith(":0") else str(os.getpid())
-        purges = InvalidationLog(
-            shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds
-        )
+        purges = InvalidationLog(shared, self.member, self.purge_lease_seconds)
         credential, tls = credential_of(self.key_secret), self.service_tls()
         peers = [
             PeerRegion(region, peer, Breaker(time.monotonic), frames, credential, tls)

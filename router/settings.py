@@ -100,6 +100,11 @@ class RouterSettings(MeshSettings):
             raise ValueError("a worker is named twice")
         return workers
 
+    @property
+    def own_address(self) -> str:
+        # Routers that share a port have the same `address`.
+        return self.metrics_address if self.share_port else self.address
+
     def listings(self) -> list[Listing]:
         """The workers listed by address. Omits the default worker if workers announce themselves in Redis."""
         if self.discovery_url is not None and "workers" not in self.model_fields_set:

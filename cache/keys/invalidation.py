@@ -195,14 +195,19 @@ class InvalidationLog:
         epoch = int(reply)
         if epoch > LARGEST_EPOCH:
             raise UnavailableError(f"Redis has an epoch above {LARGEST_EPOCH}, which no purge wrote: delete {EPOCHS!r}")
+        # Since when no member is missing that was there before: Redis forgets them if it is emptied or restarted.
+        complete, known = time.monotonic(), set[bytes]()
         self._merge(dict.fromkeys(scopes, epoch))
         await self._send_heartbeat()
         while True:
             now, *members = await self._run(_MEMBERS_NOW, str(int(_FORGET_SECONDS * 1000)))
             beats = {member: said.split() for member, said in zip(members[::2], members[1::2], strict=True)}
             behind = {member: int(now) - int(at) for member, (version, at) in beats.items() if int(version) < epoch}
+            if not known <= beats.keys():
+                complete = time.monotonic()
+            known = set(beats)
             waited = time.monotonic() - start
-            if waited >= _SETTLE_SECONDS and (
+            if time.monotonic() - complete >= _SETTLE_SECONDS and (
                 not behind or (waited >= self._lease and min(behind.values()) > _SILENT_MS)
             ):
                 return epoch, len(beats) - len(behind)

@@ -54,6 +54,8 @@ MAX_NAMED = 8
 # Without this limit, a request that crashes its worker would crash the whole fleet.
 MOST_ENDED = 2
 HEDGE = "hedge"
+# A parameter of tensors.
+_REGION = b"shared_memory_region"
 
 
 class FatalRequestError(UnavailableError):
@@ -92,6 +94,12 @@ class DispatchRequest:
         """Whether the request must go to its owner: it is part of a sequence, whose state is there."""
         return bool(self.ring_hash) and not self.request_hash
 
+    @property
+    def may_run_twice(self) -> bool:
+        """Whether two workers may run it at once. Both write outputs in shared memory, and the slower one perhaps after
+        the caller has used the region for something else. Requests with a hash name no shared memory."""
+        return bool(self.request_hash) or _REGION not in self.data
+
 
 class Workers(Protocol):
     """The fleet as needed for dispatch; Fleet is the real one."""
@@ -122,9 +130,9 @@ class Attempts:
 
     Inference is idempotent, so if a worker is lost the request is retried at another, unless it may be the cause of the
     losses. If the model is hedged, a request that is slower than the recent p95 is also sent to a second worker, and
-    the first answer wins. The other attempt is removed from its queue, here or at the worker, unless it already runs. A
-    hedge counts as a retry. Requests that a closed link gives back cost no retry, because one closure affects all
-    requests on the link.
+    the first answer wins; not one that names shared memory. The other attempt is removed from its queue, here or at the
+    worker, unless it already runs. A hedge counts as a retry. Requests that a closed link gives back cost no retry,
+    because one closure affects all requests on the link.
     """
 
     def __init__(self, parts: DispatchParts, request: DispatchRequest) -> None:
@@ -248,6 +256,7 @@ class Attempts:
                 and not request.sticky
                 and not self._ended
                 and (patience := parts.tails.of(request.model.digest)) is not None
+                and request.may_run_twice
             ):
                 self._timer = asyncio.get_running_loop().call_later(patience, self.on_event, None)
             self._attempt(candidate, limit, considered, "retry" if self._attempts > 1 else "first")

@@ -21,7 +21,7 @@ from router.accounting.request_metrics import STEP, RequestMetrics
 from router.admission.caller import ROUTER, RefusedError
 from router.admission.quotas import Quotas
 from router.admission.tenant_limits import TenantLimits
-from router.balancing.catalog import ModelEntry
+from router.balancing.catalog import Catalog, ModelEntry
 from router.dispatch.attempts import DispatchRequest, DispatchResult, Workers
 from router.dispatch.dispatcher import Dispatcher
 from router.request import controlled, ensembles, rows
@@ -90,6 +90,8 @@ class RequestPath:
         self._rows = RowCache(mesh, hasher, limits)
         self._semantic = SemanticMatches(mesh, hasher, self._embed)
         self._sequences = KeyedLock()
+        # A catalog with another version of a step than its worker had, however long the router waited.
+        self._mixed: Catalog | None = None
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
@@ -305,9 +307,10 @@ class RequestPath:
         """Runs an ensemble step by step. Its answer is as old as the oldest step that has a time to live.
 
         If a step was replaced meanwhile, runs it again, with the steps that the router knows by then: an answer must
-        not mix old and new steps. It is cached only if the first run had the steps of its key.
+        not mix old and new steps, except while workers hold different versions of one, as in a rolling update. It is
+        cached only if the first run had the steps of its key.
         """
-        start, asked = time.monotonic(), model.digest
+        start, asked, catalog = time.monotonic(), model.digest, self._fleet.view.catalog
         key: bytes | None = None
         for pause in _PAUSES:
             assert model.plan is not None
@@ -319,10 +322,15 @@ class RequestPath:
             if ran == model.step_digests:
                 key = _key(call, model, epochs) if model.digest == asked else None
                 break
+            if self._fleet.view.catalog is self._mixed:
+                break
             await in_task(asyncio.sleep(pause))
             with suppress(RingmeshError):  # this version may be unloaded by now
                 now = self._fleet.view.catalog.find(model.name, model.version)
                 model = now if now.plan is not None else model
+        else:
+            if self._fleet.view.catalog is catalog:
+                self._mixed = catalog
         return Computed(entry, key, "", model.freshness, time.monotonic() - start)
 
     async def _run_step(self, whole: Call, ages: list[int], ran: set[bytes], data: bytes) -> Entry:

@@ -51,6 +51,7 @@ _MOST_JOINED = 16 << 10
 _SILENT_SECONDS = 0.5
 _PING_SECONDS = 0.5
 
+_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 _WITHDRAW = "/ringmesh.inference.v1.InferenceWorkerService/Withdraw"
 _DESCRIBE = "/ringmesh.inference.v1.InferenceWorkerService/Describe"
@@ -359,6 +360,10 @@ class WorkerClient:
 
     def _outcomes(self, answer: bytes | LargeAnswer | CallError, items: int) -> Sequence[ItemOutcome]:
         if isinstance(answer, CallError):
+            if answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                # The envelope is too large for this worker; another may take larger ones.
+                failure = inference_pb2.Failure(code=_EXHAUSTED, message=answer.details, kind="too_large")
+                return [inference_pb2.WorkResult(failure=failure)] * items
             return [WorkerUnreachableError(str(answer))] * items
         try:
             serialized = answer.message if isinstance(answer, LargeAnswer) else answer

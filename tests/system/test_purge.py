@@ -164,6 +164,16 @@ async def test_purges_that_redis_lost_are_written_back(channels, stack):
                 await asyncio.sleep(0.02)
 
 
+async def test_a_purge_is_confirmed_by_each_of_the_routers_that_share_a_port(start_router, stack, valkey):
+    address = processes.free_address()
+    for _ in range(2):
+        addresses = {"address": address, "metrics_address": processes.free_address()}
+        await asyncio.to_thread(start_router, stack.workers, valkey.connection_url, share_port="true", **addresses)
+    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(60):
+        while (await purge(channel, everything=True)).confirmed < 2:  # the second may still be starting
+            pass
+
+
 class Cable:
     """TCP from a port of its own to `port`, which can be cut."""
 

@@ -166,6 +166,18 @@ def test_a_variable_wins_over_the_file_and_the_section_over_common(tmp_path, mon
     assert (settings.trace_ratio, settings.log_level, settings.workers) == (0.25, "ERROR", ("a:1",))
 
 
+def test_routers_that_share_a_port_confirm_purges_under_names_of_their_own_which_they_keep():
+    from router.settings import RouterSettings
+
+    def member(metrics):
+        return RouterSettings(address="127.0.0.1:8001", metrics_address=metrics, share_port=True).member
+
+    assert member("127.0.0.1:8002") != member("127.0.0.1:8003")
+    assert member("127.0.0.1:8002") == member("127.0.0.1:8002")
+    alone = RouterSettings(address="127.0.0.1:8001", metrics_address="127.0.0.1:0")
+    assert "127.0.0.1:8001" in alone.member
+
+
 def test_a_misspelt_name_in_the_file_is_told_without_its_value(run_here, tmp_path):
     file = tmp_path / "ringmesh.toml"
     file.write_text("[router]\nkey_secrets = 'hunter2'\n")

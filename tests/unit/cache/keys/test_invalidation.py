@@ -130,6 +130,46 @@ async def test_a_purge_waits_for_a_process_that_cannot_act_on_news_yet_and_does_
     await second.close()
 
 
+async def test_a_purge_waits_for_those_that_redis_has_forgotten_while_it_was_asked_to_write_the_purge():
+    redis = Redis(None, random.Random(0), None)
+
+    class Restarted(Shared):
+        async def run(self, name, seconds, command, script, *arguments):
+            if script == _PURGE:
+                await asyncio.sleep(invalidation._SETTLE_SECONDS)
+                redis.data.clear()
+            return await super().run(name, seconds, command, script, *arguments)
+
+    first, second = InvalidationLog(Restarted(redis), "a", 30.0), InvalidationLog(Shared(redis), "b", 30.0)
+    second.start()
+    _, confirmed = await asyncio.wait_for(first.purge(["model:x"]), 60)
+    assert (confirmed, second.epochs.scopes) == (2, first.epochs.scopes)
+    await second.close()
+
+
+async def test_a_purge_waits_for_those_that_redis_has_forgotten_since_it_was_written():
+    redis = Redis(None, random.Random(0), None)
+
+    class Emptied(Shared):
+        until = 0.0
+
+        async def run(self, name, seconds, command, script, *arguments):
+            if script == _PURGE:
+                self.until = time.monotonic() + invalidation._SETTLE_SECONDS
+            elif script == invalidation._MEMBERS_NOW and self.until and time.monotonic() >= self.until:
+                self.until = 0.0
+                redis.data.clear()
+            return await super().run(name, seconds, command, script, *arguments)
+
+    first, second = InvalidationLog(Emptied(redis), "a", 30.0), InvalidationLog(Shared(redis), "b", 30.0)
+    first.start()
+    second.start()
+    _, confirmed = await asyncio.wait_for(first.purge(["model:x"]), 60)
+    assert confirmed == 2
+    await first.close()
+    await second.close()
+
+
 async def test_what_was_announced_before_can_be_announced_when_the_table_is_full(monkeypatch):
     first, _ = boards()
     await first.announce("models")

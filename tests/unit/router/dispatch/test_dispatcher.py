@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from ringmesh.inference.v1 import inference_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.admission.caller import ANYBODY, Caller, Priority, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
@@ -65,8 +66,8 @@ LOST = WorkerUnreachableError("gone")
 NAMES = [f"w{index}" for index in range(20)]
 
 
-async def run(made, model=MODEL, **more):
-    return await driver.run(made.run(DispatchRequest(model, b"request", PLACE, NOT_SAMPLED, **more)))
+async def run(made, model=MODEL, data=b"request", place=PLACE, **more):
+    return await driver.run(made.run(DispatchRequest(model, data, place, NOT_SAMPLED, **more)))
 
 
 async def test_the_owner_is_asked_first():
@@ -123,7 +124,7 @@ async def test_a_request_that_may_be_what_ends_its_workers_does_not_go_through_t
 HEDGED = replace(MODEL, hedged=True)
 
 
-async def hedged(outcome_of_owner, outcome=DONE, *, seen=64):
+async def hedged(outcome_of_owner, outcome=DONE, *, seen=64, **request):
     """Who answered, who was asked, the owner, and who was lost, after so many answers of a model that is hedged.
 
     They took no time, so the hedge is due in the next turn of the loop.
@@ -132,7 +133,7 @@ async def hedged(outcome_of_owner, outcome=DONE, *, seen=64):
     made, _, asked, lost = dispatcher({name: outcome_of_owner if name == ranked[0] else outcome for name in NAMES})
     for _ in range(seen):
         made._parts.tails.observe(HEDGED.digest, 0.0)
-    result = asyncio.create_task(run(made, HEDGED, request_hash=PLACE))
+    result = asyncio.create_task(run(made, HEDGED, **{"request_hash": PLACE} | request))
     await turns()
     member = (await result)[1].address if result.done() else None
     result.cancel()
@@ -142,6 +143,15 @@ async def hedged(outcome_of_owner, outcome=DONE, *, seen=64):
 async def test_a_slow_attempt_of_a_hedged_model_is_made_elsewhere_too():
     member, asked, ranked, _ = await hedged(NEVER)
     assert (member, asked) == (ranked[1], [*ranked[:2]])
+
+
+async def test_a_request_with_outputs_in_shared_memory_is_not_hedged_since_the_slower_worker_would_write_them_later():
+    region = v2.ModelInferRequest()
+    region.outputs.add(name="y").parameters["shared_memory_region"].string_param = "mine"
+    request = {"request_hash": b"", "place": b""}
+    for data, attempts in ((b"request", 2), (region.SerializeToString(), 1)):
+        _, asked, _, _ = await hedged(NEVER, NEVER, data=data, **request)
+        assert len(asked) == attempts
 
 
 async def test_a_fast_answer_is_not_hedged():

@@ -523,6 +523,25 @@ async def test_an_ensemble_runs_again_if_a_step_is_replaced_meanwhile_and_nothin
     assert dict(router.told[1].trailing)["ringmesh-cache"] == "miss"
 
 
+async def test_an_ensemble_is_not_run_again_and_again_while_workers_hold_different_versions_of_a_step():
+    router = Router()
+    fleet = router.path._fleet
+    fleet.view = replace(fleet.view, catalog=ensemble_of(DIGEST))
+
+    def compute(_, item):
+        router.worker.sent.append(item)
+        item.done(computed(20, b"n" * 16))  # the version of this worker; the catalog has that of another
+
+    router.worker.send = compute
+    router.send(request(1.0, model="e"))
+    await until(lambda: router.told)
+    assert len(router.worker.sent) == 2 * 5
+    router.send(request(2.0, model="e"))
+    await until(lambda: router.told[1:])
+    assert len(router.worker.sent) == 2 * 6
+    assert [dict(told.trailing)["ringmesh-cache"] for told in router.told] == ["miss", "miss"]
+
+
 def asking_for_y(**parameters):
     made = v2.ModelInferRequest.FromString(request())
     made.outputs.add(name="y")

@@ -89,9 +89,9 @@ async def link(worker):
     made.close()
 
 
-async def outcome(link):
+async def outcome(link, request=b"request"):
     ended = asyncio.get_running_loop().create_future()
-    link.send(b"model", EnvelopeItem(b"request", b"", None, "", ended.set_result))
+    link.send(b"model", EnvelopeItem(request, b"", None, "", ended.set_result))
     return await asyncio.wait_for(ended, 20)
 
 
@@ -112,6 +112,16 @@ async def test_a_worker_of_this_host_is_asked_over_its_socket_while_it_has_one(w
     await link.describe(5, 0)
     assert await way(link) == b"socket"
     await other.stop(0)
+
+
+async def test_a_request_too_large_for_a_worker_fails_as_such_and_the_worker_is_not_taken_for_lost(worker, link):
+    for expected in (b"tcp", b"socket"):
+        answer = await outcome(link, bytes(LARGEST))
+        assert isinstance(answer, inference_pb2.WorkResult)
+        assert answer.failure.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert str(LARGEST) in answer.failure.message
+        assert await way(link) == expected
+        await link.describe(5, 0)
 
 
 @pytest.mark.parametrize(("is_alone", "envelopes"), [(False, [3]), (True, [1, 1, 1])])
