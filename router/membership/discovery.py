@@ -12,7 +12,8 @@ from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
 from router.balancing.member import Listing
-from router.membership.worker_description import is_address, is_text, is_weight
+from router.membership.worker_description import is_text, is_weight
+from services.runtime.process.settings import is_host_port
 from services.runtime.redis.discovery import ADDRESSES, CHANGE_SECONDS, FAILURES, TTL_SECONDS, VERSION, AnyRedis, key
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -104,7 +105,7 @@ def _address(member: object) -> str:
         address = bytes(member).decode() if isinstance(member, (bytes, bytearray)) else ""
     except UnicodeDecodeError:
         address = ""
-    if not is_address(address):
+    if not (is_host_port(address) and is_text(address)):
         _skipped(f"{member!r:.80} is listed, and is no host:port")
         return ""
     return address

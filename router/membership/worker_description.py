@@ -21,18 +21,6 @@ def is_text(text: str) -> bool:
     return len(text) <= _LONGEST_TEXT and text.isprintable()
 
 
-def is_address(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    return (
-        bool(host)
-        and " " not in host
-        and is_text(host)
-        and port.isascii()
-        and port.isdecimal()
-        and 0 < int(port[:6]) < 1 << 16
-    )
-
-
 def is_weight(weight: float) -> bool:
     return 0 < weight <= _LARGEST_WEIGHT
 

@@ -46,6 +46,7 @@ def run_here(monkeypatch, capsys):
     [
         ("router", {"ENGINE": "steam"}, ["RINGMESH_ENGINE", "'native' or 'grpcio'", "'steam'"]),
         ("router", {"WORKERS": "nowhere"}, ["RINGMESH_WORKERS", "host:port", "nowhere"]),
+        ("router", {"WORKERS": "a:65536"}, ["RINGMESH_WORKERS", "host:port", "a:65536"]),
         ("router", {"WORKERS": "a:1,a:1"}, ["RINGMESH_WORKERS", "twice"]),
         ("router", {"WORKERS": "dns://workers"}, ["RINGMESH_WORKERS", "dns://name:port", "dns://workers"]),
         ("router", {"DISCOVERY_URL": "http://x"}, ["RINGMESH_DISCOVERY_URL", "http://x"]),

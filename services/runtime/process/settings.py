@@ -39,8 +39,10 @@ _SECRET = ("SECRET", "URL", "KEY", "MODELS", "ENDPOINT")
 
 
 def is_host_port(address: str) -> bool:
+    """Whether a process can be called there, as far as the text tells."""
     host, _, port = address.rpartition(":")
-    return bool(host) and port.isdecimal()
+    is_number = port.isascii() and port.isdecimal() and len(port) <= 5
+    return bool(host) and " " not in host and is_number and 0 < int(port) < 1 << 16
 
 
 def split(value: object) -> object:
