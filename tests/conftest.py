@@ -16,6 +16,11 @@ settings.load_profile("ringmesh")
 
 installation.choose()
 
+from services.runtime.machine import startup  # noqa: E402
+
+# As in the processes of services, and before they are imported here.
+startup.begin()
+
 
 def sources_only(reason: str) -> pytest.MarkDecorator:
     """For a test that cannot run on compiled modules; the reasons are listed with `-rs`."""

@@ -1,4 +1,3 @@
-import gc
 import os
 import subprocess
 import sys
@@ -25,7 +24,7 @@ def in_one_line(printed, words):
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """As `run`, in this process, which has imported the module: for settings that are refused when they are read."""
-    thresholds, umask = gc.get_threshold(), os.umask(0o022)
+    umask = os.umask(0o022)
 
     def run(module, **environment):
         for name in [name for name in os.environ if name.startswith("RINGMESH_")]:
@@ -37,7 +36,6 @@ def run_here(monkeypatch, capsys):
         return ended.value.code, capsys.readouterr().err
 
     yield run
-    gc.set_threshold(*thresholds)
     os.umask(umask)
 
 
