@@ -94,12 +94,12 @@ def test_steps_on_two_workers_run_through_the_router(split):
     infer(client, "pipeline", "in", x)
     assert hits_and_misses(client, "mlp") == (hits + 1, misses)
     assert client.is_model_ready("pipeline")
-    with pytest.raises(triton.InferenceServerException, match="'doubled' is not found") as caught:
+    with pytest.raises(triton.InferenceServerException, match="its step 'doubled' is not loaded") as caught:
         infer(worker, "pipeline", "in", x)
     assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
     assert not worker.is_model_ready("pipeline")
     # On the worker it cannot run; in the fleet it can, with or without `ready`.
-    assert "'doubled' is not found" in states(worker)["pipeline"][1]
+    assert "its step 'doubled' is not loaded" in states(worker)["pipeline"][1]
     assert states(worker)["pipeline"][0] == "UNAVAILABLE"
     assert states(client)["pipeline"][0] == "READY"
 
