@@ -61,6 +61,10 @@ def check_elements(count):
     request_check.check_shape([count], [-1], "x", 0)
 
 
+def check_empty(count):
+    request_check.check_shape([count, 0], [-1, -1], "x", 0)
+
+
 def check_purge(size):
     cache_service._scope(cache_pb2.PurgeRequest(model="m" * size))
 
@@ -163,6 +167,7 @@ LIMITS = {
         lambda size: request_limits.check_request(wire.field(5, wire.field(5, wire.field(6, bytes(size - 9))))),
     ),
     "elements of a tensor, by its shape": ("1,099,511,627,776", request_check._MAX_ELEMENTS, check_elements),
+    "the same of an empty tensor, without its zeros": ("67,108,864", request_check._MAX_EMPTY, check_empty),
     "requests of methods without tensor data": (
         "2 MiB",
         request_limits.MAX_PLAIN_BYTES,

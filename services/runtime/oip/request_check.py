@@ -19,6 +19,8 @@ Declared: TypeAlias = tuple[str, tuple[int, ...]]
 MAX_PARAMETERS = 64
 # Shapes with more elements are refused before their bytes are counted.
 _MAX_ELEMENTS = 1 << 40
+# The same of a tensor without elements, its zeros left out: a model may make an output of these sizes from no data.
+_MAX_EMPTY = 1 << 26
 # Dimensions shown in an error message.
 _MOST_SHOWN = 32
 
@@ -91,13 +93,14 @@ def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index:
         if -1 in declared:
             message += ", where -1 stands for any size from 0"
         raise InvalidArgumentError(message, field=f"inputs[{index}].shape")
-    # Ignore zeros: NumPy also refuses an empty array if the product of its other dimensions overflows.
-    if math.prod(filter(None, shape)) > _MAX_ELEMENTS:
+    elements = math.prod(shape)
+    most, which = (_MAX_ELEMENTS, "") if elements else (_MAX_EMPTY, " other than 0")
+    if math.prod(filter(None, shape)) > most:
         raise InvalidArgumentError(
-            f"input {name!r} has shape {[*shape]}; its dimensions may multiply to {_MAX_ELEMENTS} at most",
+            f"input {name!r} has shape {[*shape]}; its dimensions{which} may multiply to {most} at most",
             field=f"inputs[{index}].shape",
         )
-    return math.prod(shape)
+    return elements
 
 
 def whole_number(parameters: Mapping[str, v2.InferParameter], name: str, field: str) -> int:

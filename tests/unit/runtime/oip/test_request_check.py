@@ -41,7 +41,7 @@ def check(made):
             "'x' has shape [-1, 4]; the dimensions of a request are the sizes of its data, 0 or more, as in [1, 4]; "
             "the model takes [-1, 4], where -1",
         ),
-        (request(("x", "FP32", [1 << 40, 4])), "inputs[0].shape", "may multiply to"),
+        (request(("x", "FP32", [1 << 40, 4])), "inputs[0].shape", "its dimensions may multiply to"),
         (request(("text", "BYTES", [MAX_STRINGS + 1])), "inputs[0].shape", "131072 at most"),
         (request(outputs=["w"]), "outputs[0].name", "model 'm' has no output 'w'; it has 'y', 'z'"),
         (request(outputs=["y", "y"]), "outputs[1].name", "output 'y' is asked for twice"),
