@@ -159,7 +159,7 @@ def test_a_tenant_over_its_budget_is_refused_until_the_budget_is_gone(channel, l
     for again in (request, fresh()):
         assert not tenant.send(again)
         assert tenant.error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert f"the budget of tenant '{tenant.name}', 1e-09 USD a month, is used up" in tenant.error.details()
+        assert f"the budget of tenant '{tenant.name}', 0.000000001 USD a month, is used up" in tenant.error.details()
         assert "it renews at" in tenant.error.details()
     assert other.send(request)
     ledger.DeleteBudget(ledger_pb2.DeleteBudgetRequest(tenant=tenant.name, period=period), timeout=120)
