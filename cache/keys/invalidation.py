@@ -195,10 +195,10 @@ class InvalidationLog:
         epoch = int(reply)
         if epoch > LARGEST_EPOCH:
             raise UnavailableError(f"Redis has an epoch above {LARGEST_EPOCH}, which no purge wrote: delete {EPOCHS!r}")
-        # Since when no member is missing that was there before: Redis forgets them if it is emptied or restarted.
-        complete, known = time.monotonic(), set[bytes]()
         self._merge(dict.fromkeys(scopes, epoch))
         await self._send_heartbeat()
+        # Since when no member is missing that was there before: Redis forgets them if it is emptied or restarted.
+        complete, known = time.monotonic(), set[bytes]()
         while True:
             now, *members = await self._run(_MEMBERS_NOW, str(int(_FORGET_SECONDS * 1000)))
             beats = {member: said.split() for member, said in zip(members[::2], members[1::2], strict=True)}

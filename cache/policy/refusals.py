@@ -33,4 +33,6 @@ class Refusals:
         if self._clock() >= until:
             self.kept.pop(key)
             return
-        raise InvalidArgumentError(error.message, field=error.field)
+        again = InvalidArgumentError(error.message, field=error.field)
+        again.model_digest = error.model_digest
+        raise again

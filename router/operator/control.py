@@ -212,8 +212,8 @@ class FleetControl:
             return getattr(v2, f"{method}Response").FromString(data)
         except WorkerUnreachableError as lost:
             raise UnavailableError(f"worker {member.worker_id}: {lost}", kind="worker_lost") from None
-        except InvalidArgumentError as error:
-            raise InvalidArgumentError(f"worker {member.worker_id}: {error.message}", field=error.field) from None
+        except (InvalidArgumentError, NotFoundError) as error:
+            raise error.within(f"worker {member.worker_id}") from None
 
     def _reachable(self) -> list[Member]:
         """The healthy workers. Raises UnavailableError if there are none."""

@@ -34,7 +34,12 @@ from router.request.rows import RowCache
 from router.request.semantic import SemanticMatches
 from services.runtime import driver, faults
 from services.runtime.driver import ON_LOOP, DeadlinePassed, in_task
-from services.runtime.errors import DeadlineExceededError, FailedPreconditionError, RingmeshError
+from services.runtime.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    RingmeshError,
+)
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.large_result import Result
 from services.runtime.oip import protocol
@@ -90,8 +95,8 @@ class RequestPath:
         self._rows = RowCache(mesh, hasher, limits)
         self._semantic = SemanticMatches(mesh, hasher, self._embed)
         self._sequences = KeyedLock()
-        # A catalog with another version of a step than its worker had, however long the router waited.
-        self._mixed: Catalog | None = None
+        # By ensemble, the catalog that had another version of a step than its worker, however long the router waited.
+        self._mixed: dict[str, Catalog] = {}
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
@@ -308,7 +313,7 @@ class RequestPath:
 
         If a step was replaced meanwhile, runs it again, with the steps that the router knows by then: an answer must
         not mix old and new steps, except while workers hold different versions of one, as in a rolling update. It is
-        cached only if the first run had the steps of its key.
+        cached only if a run had exactly the steps of its key.
         """
         start, asked, catalog = time.monotonic(), model.digest, self._fleet.view.catalog
         key: bytes | None = None
@@ -317,12 +322,16 @@ class RequestPath:
             ages: list[int] = []
             ran: set[bytes] = set()
             infer = partial(self._run_step, call, ages, ran)
-            entry = await in_task(ensembles.run(model, model.plan, call.data, infer))
+            try:
+                entry = await in_task(ensembles.run(model, model.plan, call.data, infer))
+            except InvalidArgumentError as error:
+                error.model_digest = error.model_digest or model.digest
+                raise
             entry.created_at_ms = min(ages, default=entry.created_at_ms)
             if ran == model.step_digests:
                 key = _key(call, model, epochs) if model.digest == asked else None
                 break
-            if self._fleet.view.catalog is self._mixed:
+            if self._mixed.get(model.name) is self._fleet.view.catalog:
                 break
             await in_task(asyncio.sleep(pause))
             with suppress(RingmeshError):  # this version may be unloaded by now
@@ -330,7 +339,7 @@ class RequestPath:
                 model = now if now.plan is not None else model
         else:
             if self._fleet.view.catalog is catalog:
-                self._mixed = catalog
+                self._mixed = {name: of for name, of in self._mixed.items() if of is catalog} | {model.name: catalog}
         return Computed(entry, key, "", model.freshness, time.monotonic() - start)
 
     async def _run_step(self, whole: Call, ages: list[int], ran: set[bytes], data: bytes) -> Entry:

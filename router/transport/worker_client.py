@@ -321,7 +321,7 @@ class WorkerClient:
         while waiting and len(items) < MAX_ITEMS:
             item = waiting[0]
             size += len(item.request)
-            if items and (size > MAX_BYTES or item.is_alone):
+            if items and (size > MAX_BYTES or item.is_alone or items[0].is_alone):
                 break
             waiting.popleft()
             if item.done is None:
@@ -348,7 +348,15 @@ class WorkerClient:
         queue, items = envelope.queue, envelope.items
         queue.under_way -= 1
         self._under_way -= len(items)
-        outcomes = self._outcomes(answer, len(items))
+        if len(items) > 1 and isinstance(answer, CallError) and answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            # Together they are too large for this worker; alone, perhaps one of them is.
+            outcomes: Sequence[ItemOutcome] = ()
+            for item in items:
+                item.is_alone, item.left = True, False
+            queue.waiting.extendleft(reversed(items))
+            items = []
+        else:
+            outcomes = self._outcomes(answer, len(items))
         # Sends the next envelope before it reports these outcomes.
         self._send(queue)
         while self._blocked and len(self._envelopes) < MAX_ENVELOPES:
@@ -361,7 +369,7 @@ class WorkerClient:
     def _outcomes(self, answer: bytes | LargeAnswer | CallError, items: int) -> Sequence[ItemOutcome]:
         if isinstance(answer, CallError):
             if answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                # The envelope is too large for this worker; another may take larger ones.
+                # The request is too large for this worker; another may take larger ones.
                 failure = inference_pb2.Failure(code=_EXHAUSTED, message=answer.details, kind="too_large")
                 return [inference_pb2.WorkResult(failure=failure)] * items
             return [WorkerUnreachableError(str(answer))] * items

@@ -54,7 +54,8 @@ class RingmeshError(Exception):
         """Returns this error as one of `what`. A copy: others may be told of this one, or it may be cached."""
         message = _clipped(f"{what}: {self.message}")
         error = type(self).__new__(type(self), message)  # subclasses have other arguments
-        error.__dict__.update(self.__dict__)
+        for name, value in self.__dict__.items():  # a compiled class has no __dict__ before its first attribute
+            setattr(error, name, value)
         error.message = message
         return error
 

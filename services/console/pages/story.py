@@ -48,7 +48,7 @@ def _line(span: StoredSpan) -> Iterator[str]:
         bypassed = attributes.get(names.OUTCOME) in (None, "bypass")
         yield f"The {'caches were not used' if bypassed else 'shared tier'}: {reason}."
     elif span.name == names.SHARED and not attributes.get(names.HIT):
-        yield f"The shared tier did not have it, which took {took} to find out."
+        yield f"The shared tier gave no answer, which took {took} to find out."
     elif names.is_attempt(span):
         yield from _attempt(span, took)
     elif span.short_name == names.EXECUTE and attributes.get(names.JOINED):

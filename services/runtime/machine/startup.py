@@ -31,7 +31,8 @@ def use_tcmalloc() -> None:
     """
     if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
         return
-    of_debian = [f"/usr/lib/{name}" for name in os.listdir("/usr/lib") if "-linux-gnu" in name]  # noqa: PTH208
+    names = os.listdir("/usr/lib") if os.path.isdir("/usr/lib") else []  # noqa: PTH112, PTH208
+    of_debian = [f"/usr/lib/{name}" for name in names if "-linux-gnu" in name]
     for folder in (f"{sys.prefix}/lib", *of_debian, "/usr/lib64", "/usr/lib"):
         library = f"{folder}/{_TCMALLOC}"
         if os.path.exists(library):  # noqa: PTH110

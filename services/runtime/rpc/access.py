@@ -22,7 +22,7 @@ from blake3 import blake3
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from services.runtime.errors import PermissionDeniedError, RingmeshError, UnauthenticatedError
+from services.runtime.errors import PermissionDeniedError, RingmeshError
 from services.runtime.rpc import client_certificate
 from services.runtime.rpc.api_keys import ApiKeys
 from services.runtime.rpc.audit_log import UNKNOWN, AuditLog, summary
@@ -191,7 +191,7 @@ class Access:
             return UNKNOWN
         try:
             return str(self.identity(_value(metadata, AUTHORIZATION), _value(metadata, CLIENT_CERTIFICATE)))
-        except UnauthenticatedError:
+        except RingmeshError:
             return UNKNOWN
 
     def peer(self, metadata: Metadata, peer: str) -> str:

@@ -24,10 +24,12 @@ from router.accounting.budgets import Budgets
 from router.accounting.cost import CostMetrics, Prices
 from router.accounting.meter import Meter
 from router.accounting.request_metrics import RequestMetrics
+from router.admission.caller import ANYBODY, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
 from router.admission.tenant_limits import TenantLimits
 from router.balancing.catalog import CACHE_STEPS, Catalog
+from router.dispatch.attempts import FatalRequestError
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
@@ -604,3 +606,12 @@ async def test_a_caller_of_a_model_is_not_told_of_the_ensemble_whose_step_was_re
     await until(lambda: router.told)
     router.send()
     assert [told.message for told in router.told] == ["step 'm' of ensemble 'e': wrong", "wrong"]
+
+
+@pytest.mark.parametrize(
+    "error", [RefusedError("slow", ANYBODY, retry_after=2.5, kind="quota"), FatalRequestError("no")]
+)
+def test_an_error_of_a_step_is_of_the_same_class_with_all_that_it_says(error):
+    told = error.within("step 'm' of ensemble 'e'")
+    assert type(told) is type(error)
+    assert vars(told) == vars(error) | {"message": f"step 'm' of ensemble 'e': {error.message}"}

@@ -124,6 +124,14 @@ async def test_a_request_too_large_for_a_worker_fails_as_such_and_the_worker_is_
         await link.describe(5, 0)
 
 
+async def test_requests_that_are_too_large_together_are_sent_alone(worker, link):
+    for expected in (b"tcp", b"socket"):
+        answers = await asyncio.gather(*(outcome(link, bytes(LARGEST // 2)) for _ in range(3)))
+        assert [answer.response for answer in answers] == [expected] * 3
+        await link.describe(5, 0)
+    assert worker.envelopes == [1, 1, 1]
+
+
 @pytest.mark.parametrize(("is_alone", "envelopes"), [(False, [3]), (True, [1, 1, 1])])
 async def test_a_request_that_may_end_before_the_others_leaves_in_an_envelope_of_its_own(
     worker, link, is_alone, envelopes
