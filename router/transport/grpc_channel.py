@@ -251,8 +251,11 @@ def _answer(stream: Stream) -> Sequence[bytes] | CallError:
     while len(pieces) > 1 and len(pieces[0]) < _PREFIX_BYTES:
         pieces[:2] = [pieces[0] + pieces[1]]
     first = pieces[0] if pieces else b""
-    size = int.from_bytes(first[1:_PREFIX_BYTES], "big")
-    if stream.size != _PREFIX_BYTES + size or first[0]:
+    # Compiled, a slice of bytes that begins beyond their end is a SystemError.
+    is_whole = len(first) >= _PREFIX_BYTES and stream.size == _PREFIX_BYTES + int.from_bytes(
+        first[1:_PREFIX_BYTES], "big"
+    )
+    if not is_whole or first[0]:
         return CallError(grpc.StatusCode.INTERNAL, f"a response of {stream.size} bytes that is not one plain message")
     pieces[0] = first[_PREFIX_BYTES:]
     return pieces

@@ -214,8 +214,10 @@ class Connection(asyncio.Protocol):
             self._take_data(flags, number, payload)
         elif kind == Frame.HEADERS:
             if flags & _PADDED:
-                payload = payload[1 : len(payload) - payload[0]]
+                payload = _unpadded(payload)
             if flags & _PRIORITY:
+                if len(payload) < 5:
+                    raise ConnectionLostError("a frame without its priority")
                 payload = payload[5:]
             self._take_block(flags, number, payload)
         elif kind == Frame.CONTINUATION:
@@ -245,7 +247,7 @@ class Connection(asyncio.Protocol):
         if stream is None:  # it was cancelled
             return
         if flags & _PADDED:
-            payload = payload[1 : len(payload) - payload[0]]
+            payload = _unpadded(payload)
         stream.pieces.append(payload)
         stream.size += len(payload)
         if stream.size > _MAX_WINDOW:
@@ -365,6 +367,14 @@ def _head(length: int, kind: Frame, flags: int, number: int) -> bytes:
 
 def _frame(kind: Frame, flags: int, number: int, payload: bytes | memoryview) -> bytes:
     return b"".join((_head(len(payload), kind, flags, number), payload))
+
+
+def _unpadded(payload: bytes) -> bytes:
+    """What a frame has between the length of its padding and the padding."""
+    end = len(payload) - payload[0]
+    if end < 1:
+        raise ConnectionLostError("a frame with more padding than fits")
+    return payload[1:end]
 
 
 def _text(value: bytes | str) -> str:

@@ -7,6 +7,7 @@ import struct
 from types import SimpleNamespace
 
 import grpc
+import hpack
 import pytest
 import trustme
 from hypothesis import given
@@ -192,6 +193,8 @@ async def test_a_server_that_comes_back_is_found_again():
         b"\xff" * 64,
         struct.pack(">BHBBI", 0, 5, Frame.HEADERS, 0x4, 1) + b"\xff\xff\xff\xff\xff",
         struct.pack(">BHBBI", 0, 2, Frame.WINDOW_UPDATE, 0, 0) + b"\0\0",
+        struct.pack(">BHBBI", 0, 1, Frame.DATA, 0x8, 1) + b"\5",  # more padding than the frame has
+        struct.pack(">BHBBI", 0, 2, Frame.HEADERS, 0x24, 1) + b"\0\0",  # no room for a priority
         struct.pack(">BHBBI", 0, 0, Frame.HEADERS, 0, 1) + struct.pack(">BHBBI", 0, 0, Frame.DATA, 0, 1),
         b"",
     ],
@@ -208,6 +211,24 @@ async def test_a_server_that_speaks_something_else_fails_the_call_and_nothing_el
         with pytest.raises(CallError) as caught:
             await asyncio.wait_for(GrpcChannel(address).call(METHOD, b"x"), 60)
     assert (caught.value.code, caught.value.lost) == (grpc.StatusCode.UNAVAILABLE, True)
+
+
+@pytest.mark.parametrize("body", [b"", b"\0\0\0\0", b"\0\0\0\0\5abc"], ids=["none", "half a prefix", "too short"])
+async def test_an_answer_that_is_no_message_is_a_fault_of_the_server(body):
+    async def answer(reader, writer):
+        writer.write(struct.pack(">BHBBI", 0, 0, Frame.SETTINGS, 0, 0))
+        await reader.readuntil(b"\0\0\0\0\1x")
+        block = hpack.Encoder().encode([(":status", "200"), ("grpc-status", "0")])
+        writer.write(struct.pack(">BHBBI", 0, len(body), Frame.DATA, 0, 1) + body)
+        writer.write(struct.pack(">BHBBI", 0, len(block), Frame.HEADERS, 0x5, 1) + block)
+        writer.close()
+
+    address = free_address()
+    host, _, port = address.partition(":")
+    async with await asyncio.start_server(answer, host, int(port)):
+        with pytest.raises(CallError) as caught:
+            await asyncio.wait_for(GrpcChannel(address).call(METHOD, b"x"), 60)
+    assert (caught.value.code, caught.value.lost) == (grpc.StatusCode.INTERNAL, False)
 
 
 class Transport:
