@@ -26,7 +26,7 @@ compiled: $(READY)
 
 # Longer: faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)
-	@$(PY) -m pytest $(PARALLEL) 3 -m "proof and not alone"
+	@$(PY) -m pytest $(PARALLEL) 3 --no-loadscope-reorder -m "proof and not alone"
 
 # What judges rates, times or memory: before a release, on a machine that does nothing else.
 load: $(READY)
