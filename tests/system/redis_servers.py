@@ -75,10 +75,12 @@ class RedisCluster:
 
     def __init__(self, folder: Path) -> None:
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "60000", "--repl-diskless-sync-delay", "0")
-        self.servers = [RedisServer(folder, *options) for _ in range(6)]
+        # Not the default, which is the port and 10,000: a stack of another test may have it.
+        buses = [free_port() for _ in range(6)]
+        self.servers = [RedisServer(folder, *options, "--cluster-port", str(bus)) for bus in buses]
         for server in self.servers:
             server.wait()
-        places = [f"127.0.0.1:{server.port}" for server in self.servers]
+        places = [f"127.0.0.1:{server.port}@{bus}" for server, bus in zip(self.servers, buses, strict=True)]
         self.servers[0].cli("--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes")
         for server in self.servers:
             eventually(lambda: "cluster_state:ok" in server.cli("cluster", "info"))  # noqa: B023
