@@ -350,13 +350,11 @@ class WorkerClient:
         self._under_way -= len(items)
         if len(items) > 1 and isinstance(answer, CallError) and answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             # Together they are too large for this worker; alone, perhaps one of them is.
-            outcomes: Sequence[ItemOutcome] = ()
             for item in items:
                 item.is_alone, item.left = True, False
             queue.waiting.extendleft(reversed(items))
             items = []
-        else:
-            outcomes = self._outcomes(answer, len(items))
+        outcomes = self._outcomes(answer, len(items))
         # Sends the next envelope before it reports these outcomes.
         self._send(queue)
         while self._blocked and len(self._envelopes) < MAX_ENVELOPES:

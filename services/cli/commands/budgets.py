@@ -19,7 +19,17 @@ def states(address: str) -> ledger_pb2.ListBudgetsResponse:
 
 def listing(found: ledger_pb2.ListBudgetsResponse) -> Table:
     table = tables.create(
-        "tenant", "model", "period", ">soft", ">hard", ">spent", ">leased", "currency", "renews", "", widest=40
+        "tenant",
+        "model",
+        "period",
+        ">soft",
+        ">hard",
+        ">spent",
+        ">leased",
+        "currency",
+        "renews",
+        "",
+        widest=tables.WIDEST_NAME,
     )
     for state in found.budgets:
         budget = state.budget

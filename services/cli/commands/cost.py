@@ -22,8 +22,6 @@ from services.cli.errors import CommandError
 _NANO = 10**9
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _EXPORT_SECONDS = 3600.0
-# Characters of a name in a report: tenants choose theirs, of up to 256.
-_WIDEST = 40
 
 
 def moment(text: str | None, now: float) -> int:
@@ -147,7 +145,9 @@ def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequenc
     currency = answer.currency
     is_single = By.REQUEST in by or any(row.HasField("request") for row in answer.rows)
     columns = _single_columns(currency) if is_single else _group_columns(by, currency, changes=changes)
-    table = tables.create(*(f"{'>' if is_number else ''}{name}" for name, is_number, _ in columns), widest=_WIDEST)
+    table = tables.create(
+        *(f"{'>' if is_number else ''}{name}" for name, is_number, _ in columns), widest=tables.WIDEST_NAME
+    )
     for row in answer.rows:
         table.add_row(*(value(row) for _, _, value in columns))
     labels = sum(not is_number for _, is_number, _ in columns)

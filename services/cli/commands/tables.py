@@ -6,6 +6,9 @@ from datetime import UTC, datetime
 
 from rich.table import Table
 
+# Characters of a name: tenants choose theirs, of up to 256.
+WIDEST_NAME = 40
+
 
 def create(*columns: str, title: str | None = None, gap: int = 2, widest: int | None = None) -> Table:
     """Returns a table with one-line cells. A column whose name begins with ">" is aligned to the right.

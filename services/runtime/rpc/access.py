@@ -22,7 +22,7 @@ from blake3 import blake3
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from services.runtime.errors import PermissionDeniedError, RingmeshError
+from services.runtime.errors import PermissionDeniedError, RingmeshError, UnauthenticatedError
 from services.runtime.rpc import client_certificate
 from services.runtime.rpc.api_keys import ApiKeys
 from services.runtime.rpc.audit_log import UNKNOWN, AuditLog, summary
@@ -145,7 +145,9 @@ class Access:
             try:
                 return who(metadata, peer, data)
             except RingmeshError as error:
-                self.audit.refused(method, peer, error.code.name, error.message, self._holder(metadata))
+                # Not verified again if it was wrong: that costs more than the rest of a refusal.
+                holder = UNKNOWN if isinstance(error, UnauthenticatedError) else self._holder(metadata)
+                self.audit.refused(method, peer, error.code.name, error.message, holder)
                 raise
 
         return check

@@ -15,13 +15,27 @@ from hypothesis import strategies as st
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.transport.grpc_channel import CallError, GrpcChannel
-from router.transport.http2 import PREFACE, Connection, Frame
+from router.transport.http2 import PREFACE, Connection, ConnectionLostError, Frame
 from services.runtime.rpc.rpc import Service
 from services.runtime.rpc.server import Engine, Server
 from tests.system.processes import free_address
 
 SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
+
+
+def frame(kind, flags, number, payload=b""):
+    return struct.pack(">BHBBI", 0, len(payload), kind, flags, number) + payload
+
+
+async def failure(serve):
+    """How a call fails on a server that does `serve` with each connection."""
+    address = free_address()
+    host, _, port = address.partition(":")
+    async with await asyncio.start_server(serve, host, int(port)):
+        with pytest.raises(CallError) as caught:
+            await asyncio.wait_for(GrpcChannel(address).call(METHOD, b"x"), 60)
+    return caught.value
 
 
 class Echo:
@@ -191,11 +205,9 @@ async def test_a_server_that_comes_back_is_found_again():
     [
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
         b"\xff" * 64,
-        struct.pack(">BHBBI", 0, 5, Frame.HEADERS, 0x4, 1) + b"\xff\xff\xff\xff\xff",
-        struct.pack(">BHBBI", 0, 2, Frame.WINDOW_UPDATE, 0, 0) + b"\0\0",
-        struct.pack(">BHBBI", 0, 1, Frame.DATA, 0x8, 1) + b"\5",  # more padding than the frame has
-        struct.pack(">BHBBI", 0, 2, Frame.HEADERS, 0x24, 1) + b"\0\0",  # no room for a priority
-        struct.pack(">BHBBI", 0, 0, Frame.HEADERS, 0, 1) + struct.pack(">BHBBI", 0, 0, Frame.DATA, 0, 1),
+        frame(Frame.HEADERS, 0x4, 1, b"\xff\xff\xff\xff\xff"),
+        frame(Frame.WINDOW_UPDATE, 0, 0, b"\0\0"),
+        frame(Frame.HEADERS, 0, 1) + frame(Frame.DATA, 0, 1),
         b"",
     ],
 )
@@ -205,30 +217,21 @@ async def test_a_server_that_speaks_something_else_fails_the_call_and_nothing_el
         writer.write(said)
         writer.close()
 
-    address = free_address()
-    host, _, port = address.partition(":")
-    async with await asyncio.start_server(misbehave, host, int(port)):
-        with pytest.raises(CallError) as caught:
-            await asyncio.wait_for(GrpcChannel(address).call(METHOD, b"x"), 60)
-    assert (caught.value.code, caught.value.lost) == (grpc.StatusCode.UNAVAILABLE, True)
+    failed = await failure(misbehave)
+    assert (failed.code, failed.lost) == (grpc.StatusCode.UNAVAILABLE, True)
 
 
 @pytest.mark.parametrize("body", [b"", b"\0\0\0\0", b"\0\0\0\0\5abc"], ids=["none", "half a prefix", "too short"])
 async def test_an_answer_that_is_no_message_is_a_fault_of_the_server(body):
     async def answer(reader, writer):
-        writer.write(struct.pack(">BHBBI", 0, 0, Frame.SETTINGS, 0, 0))
+        writer.write(frame(Frame.SETTINGS, 0, 0))
         await reader.readuntil(b"\0\0\0\0\1x")
         block = hpack.Encoder().encode([(":status", "200"), ("grpc-status", "0")])
-        writer.write(struct.pack(">BHBBI", 0, len(body), Frame.DATA, 0, 1) + body)
-        writer.write(struct.pack(">BHBBI", 0, len(block), Frame.HEADERS, 0x5, 1) + block)
+        writer.write(frame(Frame.DATA, 0, 1, body) + frame(Frame.HEADERS, 0x5, 1, block))
         writer.close()
 
-    address = free_address()
-    host, _, port = address.partition(":")
-    async with await asyncio.start_server(answer, host, int(port)):
-        with pytest.raises(CallError) as caught:
-            await asyncio.wait_for(GrpcChannel(address).call(METHOD, b"x"), 60)
-    assert (caught.value.code, caught.value.lost) == (grpc.StatusCode.INTERNAL, False)
+    failed = await failure(answer)
+    assert (failed.code, failed.lost) == (grpc.StatusCode.INTERNAL, False)
 
 
 class Transport:
@@ -245,10 +248,6 @@ class Transport:
     abort = close
 
 
-def frame(kind, flags, number, payload=b""):
-    return struct.pack(">BHBBI", 0, len(payload), kind, flags, number) + payload
-
-
 RESPONSE = (
     frame(4, 0, 0)
     + frame(Frame.HEADERS, 0x4, 1, b"\x88")  # :status 200
@@ -258,6 +257,22 @@ RESPONSE = (
     + frame(Frame.HEADERS, 0x1, 1, b"\x00\x0bgrpc-")
     + frame(Frame.CONTINUATION, 0x4, 1, b"status\x010")
 )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [frame(Frame.DATA, 0x8, 1, b"\5"), frame(Frame.HEADERS, 0xC, 1, b"\5"), frame(Frame.HEADERS, 0x24, 1, b"\0\0")],
+    ids=["padding of data", "padding of headers", "priority"],
+)
+async def test_a_frame_too_short_for_its_padding_or_priority_ends_the_connection(wrong):
+    connection, transport = Connection(lambda _: None), Transport()
+    connection.connection_made(transport)
+    ended = []
+    connection.request(b"headers", b"body", ended.append)
+    connection.data_received(frame(Frame.SETTINGS, 0, 0) + wrong)
+    (stream,) = ended
+    assert isinstance(stream.error, ConnectionLostError)
+    assert transport.closed
 
 
 @given(st.lists(st.integers(1, 40)))
