@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from blake3 import blake3
 
-from router.accounting.usage_batch import encode
+from router.accounting.usage_batch import NOTHING, encode
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class LedgerSpool:
             if self._lock is None:
                 self.open()
             if any(self._unnumbered):
-                self._write(encode((), (), *self._unnumbered), 0, 0)
+                self._write(encode(NOTHING, (), *self._unnumbered), 0, 0)
                 self._unnumbered = (0, 0)
             self._write(batch, records, requests)
         except (OSError, SpoolError) as error:
@@ -152,7 +152,7 @@ class LedgerSpool:
 
     def give_up(self, one: Spooled, keep_as: str = "") -> tuple[bytes, bytes]:
         """Puts a batch in its place, under its number, that counts what was in it. `keep_as` renames what was there."""
-        batch = encode((), (), one.records, one.requests)
+        batch = encode(NOTHING, (), one.records, one.requests)
         path = self._folder / one.name
         if keep_as and path.exists():
             path.rename(self._folder / f"{one.name}.{keep_as}")

@@ -11,7 +11,7 @@ from router.accounting.key_samples import KeySamples
 from router.accounting.request_metrics import LabelValues
 from services.runtime.telemetry.tracing import Trace
 
-# Labels and worker type, then the columns of a UsageRecord.
+# Labels and worker type, then COLUMNS of a batch, and the trace id.
 Record: TypeAlias = tuple[LabelValues, str, int, int, int, int, int, int, int, int, int, int, int, int, int, int, bytes]
 
 # The worker type of routers, whose time is priced too.

@@ -16,7 +16,7 @@ from router.accounting.key_samples import SampledKey, Seen
 from router.accounting.ledger_sender import LedgerSender
 from router.accounting.meter import ROUTER, Fold, Meter, Record
 from router.accounting.request_metrics import LabelValues
-from router.accounting.usage_batch import Dimension, UsageRecord, encode
+from router.accounting.usage_batch import COLUMNS, NOTHING, Dimension, UsageColumns, encode
 from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -37,6 +37,7 @@ _COUNTING_SECONDS: Final = 0.01
 _UPTIME_SECONDS: Final = 10.0
 _MOST_GAP_SECONDS: Final = 60
 _BATCH_RECORDS: Final = 2000
+_REQUESTS: Final = COLUMNS.index("requests")
 _CLOSE_SECONDS: Final = 2.0
 _LEASE_SECONDS: Final = 2.0
 
@@ -152,17 +153,23 @@ class Usage:
             ledger_pb2.WorkerTime(**up._asdict(), minute=minute, seconds=seconds)
             for (up, minute), seconds in uptime.items()
         ]
-        usage = self._folded(folds, now_ms) + [
-            UsageRecord(self._dimension(record[0], record[1]), *record[2:]) for record in records
-        ]
+        usage = [*self._folded(folds, now_ms), *records]
         batches = []
         for start in range(0, max(1, len(usage)), _BATCH_RECORDS):
-            part = usage[start : start + _BATCH_RECORDS]
+            part = self._columns(usage[start : start + _BATCH_RECORDS])
             batches.append(
-                (encode(part, times, key_samples=samples), len(part), sum(record.requests for record in part))
+                (encode(part, times, key_samples=samples), len(part.dimension), sum(part.columns[_REQUESTS]))
             )
             times, samples = [], []
         return batches
+
+    def _columns(self, records: list[Record]) -> UsageColumns:
+        if not records:
+            return NOTHING
+        labels, kinds, *columns, trace_ids = zip(*records, strict=True)
+        numbers: dict[tuple[LabelValues, str], int] = {}
+        dimension = [numbers.setdefault(pair, len(numbers)) for pair in zip(labels, kinds, strict=True)]
+        return UsageColumns([self._dimension(*pair) for pair in numbers], dimension, columns, trace_ids)
 
     def _sample(self, name: SampledKey, seen: Seen, below: int) -> ledger_pb2.KeySample:
         model, version, kind, cacheable, key = name
@@ -180,22 +187,15 @@ class Usage:
             value_bytes=seen.value_bytes,
         )
 
-    def _folded(self, folds: dict[LabelValues, Fold], now_ms: int) -> list[UsageRecord]:
+    def _folded(self, folds: dict[LabelValues, Fold], now_ms: int) -> list[Record]:
         return [
-            UsageRecord(
-                self._dimension(labels, fold.worker_type),
-                now_ms,
-                fold.requests,
-                total_us=fold.total_ns // 1000,
-                router_us=fold.router_ns // 1000,
-                cache_us=fold.cache_ns // 1000,
-                compute_us=fold.compute_us,
-                saved_us=fold.saved_us,
-                request_bytes=fold.request_bytes,
-                response_bytes=fold.response_bytes,
+            (
+                labels, fold.worker_type, now_ms, fold.requests, fold.total_ns // 1000, fold.router_ns // 1000,
+                fold.cache_ns // 1000, 0, 0, fold.compute_us, fold.saved_us, 0, 0, 0, fold.request_bytes,
+                fold.response_bytes, b"",
             )
             for labels, fold in folds.items()
-        ]
+        ]  # fmt: skip
 
     def _dimension(self, labels: LabelValues, worker_type: str) -> Dimension:
         _, model, version, tenant, code, outcome = labels

@@ -23,52 +23,60 @@ class Dimension(NamedTuple):
     status: str
 
 
-class UsageRecord(NamedTuple):
-    """A request, or several hits that were folded: all else is the sum over them. `trace_id` has 16 bytes, or none."""
+# Of each record: what they count is summed over the requests that it stands for.
+COLUMNS: Final = (
+    "at_ms",
+    "requests",
+    "total_us",
+    "router_us",
+    "cache_us",
+    "queue_us",
+    "run_us",
+    "compute_us",
+    "saved_us",
+    "batch_requests",
+    "batch_rows",
+    "rows",
+    "request_bytes",
+    "response_bytes",
+)
 
-    dimension: Dimension
-    at_ms: int
-    requests: int = 1
-    total_us: int = 0
-    router_us: int = 0
-    cache_us: int = 0
-    queue_us: int = 0
-    run_us: int = 0
-    compute_us: int = 0
-    saved_us: int = 0
-    batch_requests: int = 0
-    batch_rows: int = 0
-    rows: int = 0
-    request_bytes: int = 0
-    response_bytes: int = 0
-    trace_id: bytes = b""
+
+class UsageColumns(NamedTuple):
+    """Records. `dimension` has for each the place in `dimensions`, `columns` are COLUMNS; a trace id has 16 bytes, or
+    none."""
+
+    dimensions: Sequence[Dimension]
+    dimension: Sequence[int]
+    columns: Sequence[Sequence[int]]
+    trace_ids: Sequence[bytes]
+
+
+NOTHING: Final = UsageColumns((), (), ((),) * len(COLUMNS), ())
 
 
 def encode(
-    records: Sequence[UsageRecord],
+    records: UsageColumns,
     worker_times: Iterable[ledger_pb2.WorkerTime] = (),
     dropped_records: int = 0,
     dropped_requests: int = 0,
     key_samples: Iterable[ledger_pb2.KeySample] = (),
 ) -> bytes:
     """A serialized Batch. The ledger accepts at most 50,000 records."""
-    numbers: dict[Dimension, int] = {}
     batch = ledger_pb2.Batch(
         format=FORMAT,
         worker_times=worker_times,
         key_samples=key_samples,
         dropped_records=dropped_records,
         dropped_requests=dropped_requests,
+        dimension=records.dimension,
     )
-    if records:
-        dimensions, *columns, trace_ids = zip(*records, strict=True)
-        batch.dimension.extend([numbers.setdefault(dimension, len(numbers)) for dimension in dimensions])
-        for name, column in zip(UsageRecord._fields[1:-1], columns, strict=True):
-            # What is zero everywhere is left out.
-            if any(column):
-                getattr(batch, name).extend(column)
-        if any(trace_ids):
-            batch.trace_ids = b"".join([trace_id or _NO_TRACE for trace_id in trace_ids])
-        for dimension in numbers:
-            batch.dimensions.add(**dimension._asdict())
+    for name, column in zip(COLUMNS, records.columns, strict=True):
+        # What is zero everywhere is left out.
+        if any(column):
+            getattr(batch, name).extend(column)
+    if any(records.trace_ids):
+        batch.trace_ids = b"".join([trace_id or _NO_TRACE for trace_id in records.trace_ids])
+    for dimension in records.dimensions:
+        batch.dimensions.add(**dimension._asdict())
     return batch.SerializeToString()

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from ringmesh.ledger.v1 import ledger_pb2
 
-from router.accounting.usage_batch import Dimension, UsageRecord, encode
+from router.accounting.usage_batch import Dimension
 from services.ledger.reports import request_report, usage_query
 from services.ledger.reports.bill import UP_TIME
 from services.ledger.reports.periods import pieces
@@ -40,6 +40,7 @@ from tests.installation import SITE_PACKAGES
 from tests.system import processes
 from tests.system.conftest import eventually
 from tests.system.ledgers import DAY_MS, HOUR_MS, Ledger, Sender, now_ms
+from tests.usage_records import UsageRecord, encode
 
 ROOT = Path(__file__).parents[2]
 TENANTS, MODELS = 200, 50

@@ -9,8 +9,9 @@ import psutil
 from blake3 import blake3
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
-from router.accounting.usage_batch import Dimension, UsageRecord, encode
+from router.accounting.usage_batch import Dimension
 from tests.system import processes
+from tests.usage_records import UsageRecord, encode
 
 _NAMES = itertools.count(time.time_ns())
 MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000

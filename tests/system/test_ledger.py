@@ -13,7 +13,6 @@ import pytest
 from blake3 import blake3
 from ringmesh.ledger.v1 import ledger_pb2
 
-from router.accounting.usage_batch import encode
 from services.ledger.reports.miss_ratio import Curve, LookUp
 from tests.public_trace import public_trace
 from tests.system import processes
@@ -32,6 +31,7 @@ from tests.system.ledgers import (
     unique,
     worker_time,
 )
+from tests.usage_records import encode
 
 
 @pytest.fixture(scope="module")

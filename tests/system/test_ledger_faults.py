@@ -20,7 +20,6 @@ import psutil
 import pytest
 from ringmesh.ledger.v1 import ledger_pb2
 
-from router.accounting.usage_batch import encode
 from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Database
 from services.ledger.storage.migrations import FOLDER
@@ -40,6 +39,7 @@ from tests.system.ledgers import (
     unique,
     worker_time,
 )
+from tests.usage_records import encode
 
 # Minutes in all; the default run kills the ledger of a stack, in test_metering.py.
 pytestmark = pytest.mark.proof
@@ -596,7 +596,7 @@ import asyncio, itertools, sys, time
 from pathlib import Path
 from router.accounting.ledger_sender import LedgerSender
 from router.accounting.ledger_spool import LedgerSpool
-from router.accounting.usage_batch import encode
+from tests.usage_records import encode
 from tests.system.ledgers import miss
 
 async def main():

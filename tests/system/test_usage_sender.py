@@ -9,8 +9,8 @@ from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
 from router.accounting.ledger_sender import LedgerSender
 from router.accounting.ledger_spool import LedgerSpool
-from router.accounting.usage_batch import encode
 from tests.system.ledgers import DUPLICATE, GAP, WRITTEN, miss
+from tests.usage_records import encode
 
 BATCHES = [encode([miss("t", at_ms=1_796_000_000_000, compute_us=number)]) for number in range(4)]
 

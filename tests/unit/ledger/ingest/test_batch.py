@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ringmesh.ledger.v1 import ledger_pb2
 
-from router.accounting.usage_batch import Dimension, UsageRecord, encode
+from router.accounting.usage_batch import Dimension
 from services.ledger.ingest import batch as batches
 from services.ledger.storage.kinds import UsageKind
 from services.runtime.errors import InvalidArgumentError
+from tests.usage_records import UsageRecord, encode
 
 HIT = Dimension("t", "m", "1", "eu", "cpu", "hit-local", "OK")
 MISS = Dimension("t", "m", "1", "eu", "cpu", "miss", "OK")
