@@ -20,8 +20,10 @@ _HUGE = 2 << 20
 _PAGE = 4096
 _MADV_COLLAPSE = 25
 _ROUND_SECONDS = 10.0
-# Each copy blocks page faults for about as long as this pause.
-_PAUSE_SECONDS = 0.002
+# Of the time: while a cache of large answers fills, each of its regions is copied once.
+_MOST_BUSY = 0.02
+# A region already on a huge page takes a microsecond, and needs no pause.
+_NOTHING_SECONDS = 0.0002
 # Resident pages below which a huge page would waste memory, for example on thread stacks.
 _LEAST_RESIDENT = 500
 
@@ -53,9 +55,9 @@ def collapse(stopping: threading.Event) -> int:
         began = time.monotonic()
         if libc.madvise(address, size, _MADV_COLLAPSE) == 0:
             done += _HUGE
-        # A region already on a huge page takes a microsecond, and needs no pause.
-        if time.monotonic() - began > _PAUSE_SECONDS / 10:
-            stopping.wait(_PAUSE_SECONDS)
+        if (took := time.monotonic() - began) > _NOTHING_SECONDS:
+            # Also so that page faults, which wait for a copy, find time between two.
+            stopping.wait(took / _MOST_BUSY)
     return done
 
 
