@@ -46,10 +46,9 @@ IN_FLIGHT = Family("ringmesh_requests_in_flight", "gauge", "requests in progress
 _MARK_SECONDS = 5.0
 _RECENT = 2048
 _MIN_REQUESTS = 100
-# At most _SLOW_SHARE of the requests between two updates of the thresholds count as slow, but _LEAST_SLOW are always
-# allowed. If all requests become slower, retaining every trace would slow them further until the next update.
-_SLOW_SHARE = 0.02
-_LEAST_SLOW = 50
+# Of a model, between two updates of the thresholds. A trace costs as much as several hits, so retaining each would slow
+# a busy router, above all when every request becomes slower.
+_MOST_SLOW = 50
 _NEVER = 1 << 62
 _MAX_SERIES = 5000
 _MAX_MODELS = 200
@@ -94,7 +93,7 @@ class RequestMetrics:
     """Counts requests by their labels; models and tenants beyond a bound count as `other`.
 
     A request is slow if it takes longer than the 99th percentile of its model's recent requests. `mark` updates that
-    percentile. Between two updates, slow requests beyond the limit that _SLOW_SHARE sets do not count as slow.
+    percentile. Between two updates, _MOST_SLOW requests of a model count as slow.
     """
 
     def __init__(self) -> None:
@@ -105,8 +104,8 @@ class RequestMetrics:
         self._marks: dict[str, int] = {}
         self._recent: dict[str, deque[int]] = {}
         self._errors: dict[tuple[str, str, str], int] = {}
-        self._slow_left = _LEAST_SLOW
-        self._counted = 0
+        # By model, since the last update.
+        self._slow: dict[str, int] = {}
 
     def count(self, labels: LabelValues, ns: int, compute_us: int) -> bool:
         """Counts one request; `labels` as in Labels. Returns whether it was slow. Runs on every hit; takes 0.4 us."""
@@ -118,10 +117,11 @@ class RequestMetrics:
         series.compute_us += compute_us
         series.counts[bisect_left(BOUNDS_NS, ns)] += 1
         series.recent.append(ns)
-        if ns <= series.slow_ns or self._slow_left <= 0:
+        if ns <= series.slow_ns:
             return False
-        self._slow_left -= 1
-        return True
+        slow = self._slow.get(labels[1], 0) + 1
+        self._slow[labels[1]] = slow
+        return slow <= _MOST_SLOW
 
     def failed(self, model: str, version: str, kind: str) -> None:
         """Counts the error `kind` of a request that is already counted."""
@@ -143,11 +143,8 @@ class RequestMetrics:
             # With fewer requests the percentile would just be the slowest of a handful.
             if len(recent) >= _MIN_REQUESTS:
                 self._marks[model] = sorted(recent)[len(recent) * 99 // 100]
-        all_series = self._all()
-        counted = sum(series.count for _, series in all_series)
-        self._slow_left = max(_LEAST_SLOW, int(_SLOW_SHARE * (counted - self._counted)))
-        self._counted = counted
-        for labels, series in all_series:
+        self._slow = {}
+        for labels, series in self._all():
             series.slow_ns = self._marks.get(labels.model, _NEVER)
 
     def add_to(self, statistics: v2.ModelStatistics) -> None:

@@ -166,12 +166,15 @@ def test_a_model_that_becomes_slower_is_not_slow_for_ever():
     assert not answered(requests, 50_000_000)
 
 
-def test_when_all_become_slower_some_of_them_are_slow_until_the_next_mark():
+def test_when_all_become_slower_some_of_each_model_are_slow_until_the_next_mark():
     requests = RequestMetrics()
-    answered(requests, 1_000_000, 10_000)
+    models = ("m", "another")
+    for model in models:
+        answered(requests, 1_000_000, 10_000, model)
     requests.mark()
-    labels = ("ModelInfer", "m", "1", "", OK, "miss")
-    assert sum(requests.count(labels, 2_000_000, 1) for _ in range(10_000)) == 200
+    for model in models:
+        labels = ("ModelInfer", model, "1", "", OK, "miss")
+        assert sum(requests.count(labels, 2_000_000, 1) for _ in range(10_000)) == 50
     requests.mark()
     assert not answered(requests, 2_000_000)
     assert answered(requests, 2_000_001)
