@@ -13,6 +13,13 @@ def test_a_traceparent_is_read_and_written():
     assert w3c.traceparent(ID, SPAN, False) == f"00-{ID}-{SPAN}-00"
 
 
+@pytest.mark.parametrize("bits", [0, 1, -1])
+def test_new_ids_are_valid_whatever_the_generator_gives(monkeypatch, bits):
+    monkeypatch.setattr(w3c.random, "getrandbits", lambda size: bits % (1 << size))
+    ids = w3c.new_trace_id(), w3c.new_span_id()
+    assert w3c.parse_traceparent(w3c.traceparent(*ids, sampled=True)) == (*ids, True)
+
+
 def test_a_later_version_may_have_more_behind_it():
     assert w3c.parse_traceparent(f"01-{ID}-{SPAN}-01-more") == (ID, SPAN, True)
 
