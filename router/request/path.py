@@ -16,8 +16,8 @@ from cache.keys.epochs import Epochs
 from cache.keys.keys import RequestHasher
 from cache.mesh import Compute, Computed, Found, Mesh
 from cache.tiers.entry import Entry
-from router.accounting.budgets import Budgets
-from router.accounting.request_metrics import STEP, RequestMetrics
+from router.accounting.accounts import Accounts
+from router.accounting.request_metrics import STEP
 from router.admission.caller import ROUTER, RefusedError
 from router.admission.quotas import Quotas
 from router.admission.tenant_limits import TenantLimits
@@ -72,22 +72,21 @@ class RequestPath:
         hasher: RequestHasher,
         dispatcher: Dispatcher,
         tracer: Tracer,
-        requests: RequestMetrics,
+        accounts: Accounts,
         replies: Replies,
         quotas: Quotas,
         audit: Audit,
         access: Access,
-        budgets: Budgets,
         limits: TenantLimits | None = None,
     ) -> None:
-        self._budgets = budgets
+        self._budgets = accounts.budgets
         self._limits = limits
         self._fleet = fleet
         self._access = access
         self._mesh = mesh
         self._dispatcher = dispatcher
         self._tracer = tracer
-        self._requests = requests
+        self._requests = accounts.requests
         self._replies = replies
         self._quotas = quotas
         self._keyer = Keyer(fleet, mesh.purges, hasher, audit)
