@@ -20,7 +20,7 @@ from pydantic_settings import (
 
 from services.runtime.process import units
 from services.runtime.rpc.access import LOOPBACK, Access, credential_of
-from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
+from services.runtime.rpc.api_keys import ApiKeys, KeyFileError, field_and_fault
 from services.runtime.rpc.audit_log import AuditLog
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.calls import Calls
@@ -247,8 +247,8 @@ def describe(error: ValidationError) -> str:
     secret."""
     problems = []
     for problem in error.errors():
+        _, message = field_and_fault(problem)
         name = "_".join(str(part) for part in problem["loc"]).upper()
         secret = problem["type"] == "extra_forbidden" or any(word in name for word in _SECRET)
-        message = problem["msg"].removeprefix("Value error, ")
         problems.append(f"RINGMESH_{name}: {message}" + ("" if secret else f", got {problem['input']!r}"))
     return "; ".join(problems)
