@@ -27,7 +27,7 @@ from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.rpc import Service
 from services.runtime.rpc.server import Engine, Server, StartError
 from services.runtime.rpc.service_tls import ServiceTls
-from services.runtime.rpc.tls import TlsError, TlsFiles
+from services.runtime.rpc.tls import TlsFiles
 from services.runtime.rpc.tokens import KeySetError, Tokens
 from services.runtime.telemetry.logs import LogFormat
 from services.runtime.telemetry.span_export import Collector, SpanFolder, SpanQueue
@@ -162,12 +162,9 @@ class ServiceSettings(BaseSettings):
         return TlsFiles(self.service_certificate, self.service_key, self.service_ca)
 
     def service_tls(self) -> ServiceTls | None:
-        """The TLS of calls to other services; None: plain text. Raises StartError."""
+        """The TLS of calls to other services; None: plain text. Raises StartError and TlsError."""
         files = self.service_files()
-        try:
-            return ServiceTls(files) if files is not None else None
-        except TlsError as error:
-            raise StartError(str(error)) from None
+        return ServiceTls(files) if files is not None else None
 
     def _tokens(self) -> Tokens | None:
         if self.jwt_keys is None:
