@@ -122,8 +122,7 @@ class RowCache:
         except UnlikeRowsError:
             return None
         answer = self._whole(rows, known, value, whole)
-        stored = {key: row for key, row in found.items() if row.outcome != "hit-local"}
-        self._charge(owner, {whole: answer} | stored)
+        self._charge(owner, whole, len(value), found)
         return answer
 
     def _held(self, query: _Query) -> dict[bytes, Found]:
@@ -153,11 +152,14 @@ class RowCache:
                 found[key] = Found(row.entry, "joined", row.worker)
         return found
 
-    def _charge(self, owner: str, answers: Mapping[bytes, Found]) -> None:
-        """Counts answers that were stored for the tenant `owner`."""
-        if self._limits is not None:
-            for key, answer in answers.items():
-                self._limits.cache.keep(owner, key, len(answer.entry.value))
+    def _charge(self, owner: str, whole: bytes, size: int, rows: Mapping[bytes, Found]) -> None:
+        """Counts the answer of `size` bytes, and the rows that were stored for it, for the tenant `owner`."""
+        if self._limits is None:
+            return
+        self._limits.cache.keep(owner, whole, size)
+        for key, row in rows.items():
+            if row.outcome != "hit-local":
+                self._limits.cache.keep(owner, key, len(row.entry.value))
 
     def _whole(self, rows: Sequence[Found], known: int, value: bytes, key: bytes) -> Found:
         """The combined answer, which is also stored in the local tier for the next time; Redis has the rows."""
