@@ -17,11 +17,11 @@ from router.accounting.ledger_sender import LedgerSender
 from router.accounting.ledger_spool import LedgerSpool
 from router.accounting.meter import worker_type
 from router.accounting.usage import Up, Usage
-from router.build import Router, build
 from router.membership.fleet import Fleet
 from router.operator.service import OperatorService
 from router.request.keyer import Keyer
 from router.request.service import InferenceService
+from router.router import Router
 from router.settings import RouterSettings
 from router.transport.grpc_channel import GrpcChannel
 from services.runtime.machine import huge_pages, memory
@@ -58,7 +58,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         open_channel=partial(GrpcChannel, tls=tls, credential=credential_of(settings.key_secret)),
         isolates=access.is_closed,
     )
-    router = build(settings, secret, fleet, tracer, access)
+    router = Router(settings, secret, fleet, tracer, access)
     evictions = Evictions(router.mesh.local, lambda: _models(router))
     cache = CacheService(
         router.mesh,
@@ -87,7 +87,6 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     set_title("router", settings.address, await server.start())
     exposition = await publish(settings, metrics, tracer.process)
     router.accounts.load.start(server.receiver_seconds)
-    router.slo.start()
     _start_upkeep(router)
     await stopping.wait()
     fleet.events.close()
@@ -122,6 +121,7 @@ def _usage(settings: RouterSettings, router: Router, tls: ServiceTls | None) -> 
 
 
 def _start_upkeep(router: Router) -> None:
+    router.slo.start()
     sweep = PurgeSweep(router.mesh.local, router.mesh.purges, lambda: _digests(router.fleet))
     BACKGROUND.start("purged answers", sweep.keep_sweeping)
     BACKGROUND.start("huge pages", huge_pages.keep_collapsing)

@@ -6,9 +6,9 @@ import time
 from functools import partial
 
 from router.balancing.member import Listing
-from router.build import build
 from router.membership.discovery import AnnouncedWorkers
 from router.membership.fleet import Fleet
+from router.router import Router
 from router.settings import RouterSettings
 from services.runtime import faults
 from services.runtime.driver import Driver
@@ -71,7 +71,7 @@ class SimRouter:
             open_channel=partial(SimChannel, world.network, self.process),
         )
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
-        router = build(settings, settings.secret(), fleet, tracer, Access(""), self._clock)
+        router = Router(settings, settings.secret(), fleet, tracer, Access(""), self._clock)
         self.mesh, self.path, self.limits = router.mesh, router.path, router.limits
         self.requests, self.handlers = router.accounts.requests, router.control.handlers()
         router.start()
