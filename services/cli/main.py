@@ -119,6 +119,9 @@ ModelsOption = Annotated[
         help="Model repository in Triton's layout: a folder, or a URL of s3, gs or https. Default: demo models.",
     ),
 ]
+Host = Annotated[
+    str, typer.Option(help="Address on which the router, the console and /metrics listen; 0.0.0.0: all of them.")
+]
 BasePort = Annotated[
     int,
     typer.Option(
@@ -162,9 +165,7 @@ def up(
     workers: Annotated[int, typer.Option(min=1, max=256, help="Number of inference workers.")] = 2,
     routers: Annotated[int, typer.Option(min=1, max=8, help="Number of router processes, which share one port.")] = 1,
     models: ModelsOption = None,
-    host: Annotated[
-        str, typer.Option(help="Address on which the router, the console and /metrics listen; 0.0.0.0: all of them.")
-    ] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     base_port: BasePort = 8001,
     redis: RedisOption = None,
     otlp: Annotated[
