@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from router.accounting.meter import worker_type
+from router.accounting.meter import COMPUTED, worker_type
 from router.accounting.request_metrics import RequestMetrics
 from services.runtime.errors import NotFoundError, UnavailableError
 from services.runtime.telemetry.metrics import Family, Sample
@@ -22,8 +22,6 @@ PRICE = Family(
     "price of one unit, as the settings have it; unit: cpu_second, gpu_second, memory_gb_hour",
     ("unit", "currency"),
 )
-
-_SPENT = frozenset({"miss", "bypass"})
 
 
 class Prices(NamedTuple):
@@ -67,7 +65,7 @@ class CostMetrics:
     def samples(self) -> Iterator[Sample]:
         totals: dict[tuple[str, str, str, str], float] = {}
         for (model, version, tenant, outcome), us in self._requests.compute_us().items():
-            key = (model, version, tenant, "spent" if outcome in _SPENT else "saved")
+            key = (model, version, tenant, "spent" if outcome in COMPUTED else "saved")
             totals[key] = totals.get(key, 0.0) + us / 1e6 * self._prices.of(self._provider(model, version))
         for key, amount in totals.items():
             yield Sample(COST, key, amount)

@@ -20,7 +20,7 @@ ROUTER: Final = "router"
 OTHER_TENANTS: Final = "(other)"
 _DAY_NS: Final = 86_400 * 10**9
 _CPU = frozenset({"CPUExecutionProvider", "ensemble", ""})
-_COMPUTED = frozenset({"miss", "bypass"})
+COMPUTED = frozenset({"miss", "bypass"})
 
 
 class Fold:
@@ -85,7 +85,7 @@ class Meter:
         if key and key[0] < self.samples.below:
             model, version, kind, at_ms = labels[1], labels[2], worker_type(provider), end_ns // 1_000_000
             self.samples.add(model, version, kind, key, entry, at_ms, cacheable=outcome != "bypass")
-        computed = outcome in _COMPUTED
+        computed = outcome in COMPUTED
         if computed or alone:
             saved_us = 0 if computed else entry.compute_us
             self._add(labels, trace, provider, start_ns, end_ns, router_ns, saved_us, request_bytes, len(entry.value))

@@ -78,6 +78,11 @@ class Member:
         self.partly: dict[tuple[str, str], str] = {}
         # Models that the worker holds but would have to load into memory first.
         self.unloaded: frozenset[tuple[str, str]] = frozenset()
+        # Since when it answers pings but reports nothing, and its number of reports by then.
+        self.busy_since: float | None = None
+        self.busy_reports = 0
+        # Since when it has been too busy to describe itself after models were loaded or unloaded through a router.
+        self.unsure_since: float | None = None
 
     @property
     def healthy(self) -> bool:

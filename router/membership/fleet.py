@@ -86,12 +86,8 @@ class Fleet:
         self._ejections = Counter(EJECTIONS)
         self._on_ready = on_ready
         self._clock = clock
-        # By address, for workers that answer pings but report nothing: since when, and their number of reports by then.
-        self._busy_since: dict[str, tuple[float, int]] = {}
         # How often models were loaded or unloaded through a router, as far as this one has heard.
         self._changes = 0
-        # By address, for workers that have been too busy to describe themselves after such a change: since when.
-        self._unsure_since: dict[str, float] = {}
         self._sources = sources or {}
         self._region = region
         self._zone = zone
@@ -171,7 +167,9 @@ class Fleet:
         for member, is_described in zip(asked, described, strict=True):
             if is_described:
                 continue
-            if now - self._unsure_since.setdefault(member.address, now) < MOST_BUSY_SECONDS:
+            if member.unsure_since is None:
+                member.unsure_since = now
+            if now - member.unsure_since < MOST_BUSY_SECONDS:
                 busy = True
             else:
                 self._unreachable(member, WorkerUnreachableError("it is too busy to say which models it holds"))
@@ -195,8 +193,7 @@ class Fleet:
             return True
         if self._members.get(member.address) is not member:
             return True  # it has left meanwhile
-        self._busy_since.pop(member.address, None)
-        self._unsure_since.pop(member.address, None)
+        member.busy_since = member.unsure_since = None
         same = description.version != 0 and description.version == known
         try:
             check_description(description, member.models if same else description.models)
@@ -219,10 +216,9 @@ class Fleet:
     def _may_be_busy(self, member: Member) -> bool:
         """Whether a worker that answers pings but reports nothing stays healthy, for up to MOST_BUSY_SECONDS."""
         now, reports = self._clock(), member.load.reports
-        since, reports_before = self._busy_since.setdefault(member.address, (now, reports))
-        if reports != reports_before:
-            self._busy_since[member.address] = since, _ = now, reports
-        return now - since < MOST_BUSY_SECONDS
+        if member.busy_since is None or reports != member.busy_reports:
+            member.busy_since, member.busy_reports = now, reports
+        return now - member.busy_since < MOST_BUSY_SECONDS
 
     def _unreachable(self, member: Member, error: WorkerUnreachableError) -> None:
         reason = str(error) or "unreachable"
@@ -398,8 +394,6 @@ class Fleet:
         self._gone[member.address] = member
         self._refresh()
         self._polls.pop(member.address).cancel()
-        self._busy_since.pop(member.address, None)
-        self._unsure_since.pop(member.address, None)
         self.outliers.forget(member.address)
         self._slow_start.forget(member.address)
         self._once("disconnection of a worker", partial(_retire, member))

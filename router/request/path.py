@@ -16,8 +16,8 @@ from cache.keys.epochs import Epochs
 from cache.keys.keys import RequestHasher
 from cache.mesh import Compute, Computed, Found, Mesh
 from cache.tiers.entry import Entry
-from router.accounting.budgets import Budgets
-from router.accounting.request_metrics import STEP, RequestMetrics
+from router.accounting.accounts import Accounts
+from router.accounting.request_metrics import STEP
 from router.admission.caller import ROUTER, RefusedError
 from router.admission.quotas import Quotas
 from router.admission.tenant_limits import TenantLimits
@@ -53,8 +53,8 @@ from services.runtime.telemetry.tracing import Tracer, untraced
 log = logging.getLogger(__name__)
 
 _RENEWAL_SECONDS = 30.0
-# Seconds until an ensemble is run again after one of its steps was replaced. Together longer than a poll of the fleet.
-_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.0)
+# Seconds before each run of an ensemble, as long as its steps are replaced. Together longer than a poll of the fleet.
+_PAUSES = (0.0, 0.05, 0.1, 0.2, 0.4)
 # Outcomes of answers that were stored in the local tier.
 _FILLS = frozenset(("miss", "hit-shared", "hit-peer"))
 
@@ -72,22 +72,21 @@ class RequestPath:
         hasher: RequestHasher,
         dispatcher: Dispatcher,
         tracer: Tracer,
-        requests: RequestMetrics,
+        accounts: Accounts,
         replies: Replies,
         quotas: Quotas,
         audit: Audit,
         access: Access,
-        budgets: Budgets,
         limits: TenantLimits | None = None,
     ) -> None:
-        self._budgets = budgets
+        self._budgets = accounts.budgets
         self._limits = limits
         self._fleet = fleet
         self._access = access
         self._mesh = mesh
         self._dispatcher = dispatcher
         self._tracer = tracer
-        self._requests = requests
+        self._requests = accounts.requests
         self._replies = replies
         self._quotas = quotas
         self._keyer = Keyer(fleet, mesh.purges, hasher, audit)
@@ -318,6 +317,11 @@ class RequestPath:
         start, asked, catalog = time.monotonic(), model.digest, self._fleet.view.catalog
         key: bytes | None = None
         for pause in _PAUSES:
+            if pause:
+                await in_task(asyncio.sleep(pause))
+                with suppress(RingmeshError):  # this version may be unloaded by now
+                    now = self._fleet.view.catalog.find(model.name, model.version)
+                    model = now if now.plan is not None else model
             assert model.plan is not None
             ages: list[int] = []
             ran: set[bytes] = set()
@@ -333,10 +337,6 @@ class RequestPath:
                 break
             if self._mixed.get(model.name) is self._fleet.view.catalog:
                 break
-            await in_task(asyncio.sleep(pause))
-            with suppress(RingmeshError):  # this version may be unloaded by now
-                now = self._fleet.view.catalog.find(model.name, model.version)
-                model = now if now.plan is not None else model
         else:
             if self._fleet.view.catalog is catalog:
                 self._mixed = {name: of for name, of in self._mixed.items() if of is catalog} | {model.name: catalog}

@@ -9,18 +9,15 @@ from functools import partial
 import grpc
 
 from cache.mesh import Found, Mesh
-from router.accounting.cost import CostMetrics
-from router.accounting.meter import Meter
-from router.accounting.request_metrics import OK, STEP, LabelValues, RequestMetrics
+from router.accounting.accounts import Accounts
+from router.accounting.request_metrics import OK, STEP, LabelValues
 from router.request.audit import Audit
 from router.request.call import Call
 from services.runtime import w3c
 from services.runtime.errors import RingmeshError
 from services.runtime.oip import protocol
 from services.runtime.rpc.rpc import Answer, Failure, Metadata, failure
-from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.metrics import OTHER
-from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.spans import Attributes, Value
 from services.runtime.telemetry.tracing import Tracer
 
@@ -33,26 +30,15 @@ _AUDITED = frozenset({"hit-local", "hit-shared"})
 class Replies:
     """Makes the answer or failure of each request and counts it. Retains traces that are sampled, slow or failed."""
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        tracer: Tracer,
-        requests: RequestMetrics,
-        request_log: RequestLog,
-        cost: CostMetrics,
-        audit: Audit,
-        report: LoadReport,
-        meter: Meter | None,
-    ) -> None:
-        # None: no ledger.
-        self._meter = meter
+    def __init__(self, mesh: Mesh, tracer: Tracer, accounts: Accounts, audit: Audit) -> None:
         self._mesh = mesh
         self._tracer = tracer
-        self._requests = requests
-        self._log = request_log
-        self._cost = cost
+        self._requests = accounts.requests
+        self._log = accounts.log
+        self._cost = accounts.cost
+        self._report = accounts.load
+        self._meter = accounts.meter
         self._audit = audit
-        self._report = report
         self._hits = 0
 
     def count(self, call: Call, found: Found) -> Callable[[], None] | None:

@@ -109,42 +109,57 @@ class RowCache:
         hashes = self._hasher.hash_rows(batch.request, batch.rows, model.outputs, tenant)
         keys = [epochs.key(model.digest, model.name, row_hash) for row_hash in hashes]
         query = _Query(batch, {key: index for index, key in enumerate(keys)}, model, tenant, subject, compute)
-        found: dict[bytes, Found] = {}
-        for key in query.indexes:
-            entry = self._mesh.local.get(key)
-            if entry is not None and entry.created_at_ms >= self._mesh.purges.oldest_ms and takes(None, model, entry):
-                found[key] = Found(entry, "hit-local")
+        found = self._held(query)
         known = sum(key in found for key in keys)
         missing = [key for key in query.indexes if key not in found]
-        joined = {key: flight for key in missing if (flight := self._flights.get(key)) is not None}
+        flights = {key: flight for key in missing if (flight := self._flights.get(key)) is not None}
         try:
-            mine = [key for key in missing if key not in joined]
-            found |= await self._lead(query, mine)
-            failed = []
-            for key, flight in joined.items():
-                try:
-                    row = await flight
-                except (RingmeshError, RowFailedError) as error:
-                    raise_fatal(error)
-                    failed.append(key)  # perhaps because of the other caller's quota or deadline
-                    continue
-                if self._mesh.local.peek(key) is row.entry:
-                    found[key] = Found(row.entry, "joined", row.worker)
-                else:
-                    failed.append(key)  # computed by a newer model: an answer must not mix rows of two models
-            if failed:
-                found |= await self._lead(query, failed)
+            found |= await self._lead(query, [key for key in missing if key not in flights])
+            found |= await self._joined(flights)
+            found |= await self._lead(query, [key for key in flights if key not in found])
             rows = [found[key] for key in keys]
             value = join([row.entry.value for row in rows])
         except UnlikeRowsError:
             return None
         answer = self._whole(rows, known, value, whole)
-        if self._limits is not None:
-            self._limits.cache.keep(owner, whole, len(value))
-            for key, row in found.items():
-                if row.outcome != "hit-local":
-                    self._limits.cache.keep(owner, key, len(row.entry.value))
+        self._charge(owner, whole, len(value), found)
         return answer
+
+    def _held(self, query: _Query) -> dict[bytes, Found]:
+        """The rows that are in the local tier."""
+        found: dict[bytes, Found] = {}
+        for key in query.indexes:
+            entry = self._mesh.local.get(key)
+            if (
+                entry is not None
+                and entry.created_at_ms >= self._mesh.purges.oldest_ms
+                and takes(None, query.model, entry)
+            ):
+                found[key] = Found(entry, "hit-local")
+        return found
+
+    async def _joined(self, flights: Mapping[bytes, Flight[Found]]) -> dict[bytes, Found]:
+        """The rows that others have computed; those that are missing must be computed here."""
+        found: dict[bytes, Found] = {}
+        for key, flight in flights.items():
+            try:
+                row = await flight
+            except (RingmeshError, RowFailedError) as error:
+                raise_fatal(error)
+                continue  # perhaps because of the other caller's quota or deadline
+            # Else it was computed by a newer model: an answer must not mix rows of two models.
+            if self._mesh.local.peek(key) is row.entry:
+                found[key] = Found(row.entry, "joined", row.worker)
+        return found
+
+    def _charge(self, owner: str, whole: bytes, size: int, rows: Mapping[bytes, Found]) -> None:
+        """Counts the answer of `size` bytes, and the rows that were stored for it, for the tenant `owner`."""
+        if self._limits is None:
+            return
+        self._limits.cache.keep(owner, whole, size)
+        for key, row in rows.items():
+            if row.outcome != "hit-local":
+                self._limits.cache.keep(owner, key, len(row.entry.value))
 
     def _whole(self, rows: Sequence[Found], known: int, value: bytes, key: bytes) -> Found:
         """The combined answer, which is also stored in the local tier for the next time; Redis has the rows."""

@@ -22,15 +22,15 @@ class InferenceService:
         self._fleet = fleet
         self._path = path
 
-    def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
-        """The handlers, including `more` of the same service. `is_ready` answers ServerReady."""
+    def service(self, is_ready: protocol.ReadyCheck, control: Mapping[str, Handler]) -> Service:
+        """The handlers, including `control` of the same service. `is_ready` answers ServerReady."""
         return protocol.service(
             is_ready,
             {
                 "ModelReady": unary(v2.ModelReadyRequest, self._model_ready),
                 "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
                 "ModelStreamInfer": stream_handler(self._stream_infer),
-                **more,
+                **control,
             },
             {"ModelInfer": self._path.infer},
         )

@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version as installed_version
@@ -113,6 +112,44 @@ TlsClientCa = Annotated[
 ]
 
 
+ModelsOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RINGMESH_MODELS",
+        help="Model repository in Triton's layout: a folder, or a URL of s3, gs or https. Default: demo models.",
+    ),
+]
+Host = Annotated[
+    str, typer.Option(help="Address on which the router, the console and /metrics listen; 0.0.0.0: all of them.")
+]
+BasePort = Annotated[
+    int,
+    typer.Option(
+        "--base-port",
+        "--port",
+        min=0,
+        max=65535,
+        help="Port of the router, and the first of a block of 100 ports; 0: free ports.",
+    ),
+]
+RedisOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RINGMESH_REDIS_URL",
+        help="URL of a Redis server; set one with a password in the variable. Default: starts a Valkey server.",
+    ),
+]
+Drain = Annotated[
+    float,
+    typer.Option(
+        parser=_seconds,
+        metavar="DURATION",
+        envvar="RINGMESH_DRAIN_SECONDS",
+        help="Time to finish requests after Ctrl-C, such as 15 or 1m.",
+    ),
+]
+
+
 @app.callback()
 def ringmesh(
     state: StateOption = STATE,
@@ -127,45 +164,14 @@ def ringmesh(
 def up(
     workers: Annotated[int, typer.Option(min=1, max=256, help="Number of inference workers.")] = 2,
     routers: Annotated[int, typer.Option(min=1, max=8, help="Number of router processes, which share one port.")] = 1,
-    models: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RINGMESH_MODELS",
-            help="Model repository in Triton's layout: a folder, or a URL of s3, gs or https. Default: demo models.",
-        ),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address on which the router, the console and /metrics listen; 0.0.0.0: all of them.")
-    ] = "127.0.0.1",
-    base_port: Annotated[
-        int,
-        typer.Option(
-            "--base-port",
-            "--port",
-            min=0,
-            max=65535,
-            help="Port of the router, and the first of a block of 100 ports; 0: free ports.",
-        ),
-    ] = 8001,
-    redis: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RINGMESH_REDIS_URL",
-            help="URL of a Redis server; set one with a password in the variable. Default: starts a Valkey server.",
-        ),
-    ] = None,
+    models: ModelsOption = None,
+    host: Host = "127.0.0.1",
+    base_port: BasePort = 8001,
+    redis: RedisOption = None,
     otlp: Annotated[
         str | None, typer.Option(envvar="RINGMESH_OTLP_ENDPOINT", help="URL of an OTLP/gRPC collector for traces.")
     ] = None,
-    drain: Annotated[
-        float,
-        typer.Option(
-            parser=_seconds,
-            metavar="DURATION",
-            envvar="RINGMESH_DRAIN_SECONDS",
-            help="Time to finish requests after Ctrl-C, such as 15 or 1m.",
-        ),
-    ] = 15.0,
+    drain: Drain = 15.0,
     tls: Annotated[
         bool,
         typer.Option("--tls", help="Callers and browsers need TLS; without --tls-certificate, one of a CA in --state."),
@@ -184,7 +190,6 @@ def up(
     from services.cli.commands import demo_models
     from services.cli.commands import up as commands
     from services.cli.commands.screen import Screen
-    from services.cli.stack import local_ca
     from services.cli.stack.claim import claim
     from services.cli.stack.endpoints import Endpoints
     from services.cli.stack.key_secret import key_secret
@@ -193,9 +198,6 @@ def up(
     screen = Screen(_console(), state)
     endpoints = Endpoints.create(host, base_port, workers, routers)
     files = _tls_files(tls_certificate, tls_key, tls_client_ca)
-    if tls and files is None:
-        files = replace(local_ca.issue(state / "tls", host), client_ca=tls_client_ca)
-        screen.say(f"callers verify the certificate of this stack by {state.absolute() / 'tls' / local_ca.CA}")
     options = StackOptions(
         endpoints,
         state=state,
@@ -205,9 +207,8 @@ def up(
         redis=redis,
         otlp=otlp,
         drain_seconds=drain,
-        tls=files if tls else None,
+        tls=commands.tls_files(files, tls_client_ca, state, host, screen.say) if tls else None,
     )
-
     # They are the edge's and the console's; a router on the native engine has no TLS.
     for name in ("CERTIFICATE", "KEY", "CLIENT_CA"):
         os.environ.pop(f"RINGMESH_TLS_{name}", None)

@@ -11,7 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from services.runtime.rpc.server import StartError
-from services.runtime.rpc.tls import TlsError, TlsFiles
+from services.runtime.rpc.tls import TlsFiles
 
 # A connection is closed if its client leaves data unread for this long.
 _UNREAD_SECONDS = 30
@@ -38,12 +38,9 @@ class HttpServer:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts serving. Raises StartError if the address is in use or not local, or a certificate cannot be used."""
+        """Starts serving. Raises StartError if the address is in use or not local, and TlsError."""
         if self._tls is not None:
-            try:
-                context = self._tls.context()
-            except TlsError as error:
-                raise StartError(str(error)) from None
+            context = self._tls.context()
             self._config.ssl_context_factory = lambda *_: context
         host, _, port = self._address.rpartition(":")
         host = host.strip("[]")

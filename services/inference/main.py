@@ -55,7 +55,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     store = await _load(settings, executor, journal, suggests=not access.is_closed)
     tracer = settings.create_tracer(settings.worker_id)
     worker = Worker(settings.worker_id, store, settings.shared_memory_prefix)
-    more = {
+    control = {
         **ModelControl(store).handlers(),
         **SharedMemoryControl(worker.memory).handlers(),
         **LiveSettings(tracer, lambda model: store.held.find(model, "")).handlers(),
@@ -64,7 +64,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
     envelopes = EnvelopeService(worker, settings.region, settings.zone, settings.weight)
     calls = Calls()
-    inference = DirectService(worker, tracer, report, access).service(lambda: server.health.serving, more, calls)
+    inference = DirectService(worker, tracer, report, access).service(lambda: server.health.serving, control, calls)
 
     server = settings.create_server([inference, envelopes.service(calls)], access, calls=calls)
     local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))

@@ -26,13 +26,7 @@ from services.inference.execution.device_session import _PageLockedBuffers
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.span_export import _QUEUE, SpanQueue
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+from tests.unit.clock import Clock
 
 
 def key(number):

@@ -56,6 +56,11 @@ def run_here(monkeypatch, capsys):
         ("services.inference", {"ADVERTISE": "here"}, ["RINGMESH_ADVERTISE", "host:port", "here"]),
         ("router", {"REDIS_URL": "http://x", "KEY_SECRET": "s"}, ["RINGMESH_REDIS_URL", "http://x"]),
         ("router", {"REDIS_URL": "redis://x"}, ["RINGMESH_KEY_SECRET is not set"]),
+        (
+            "router",
+            {"SERVICE_CERTIFICATE": "/nowhere.pem", "SERVICE_KEY": "/nowhere.key", "SERVICE_CA": "/nowhere.ca"},
+            ["cannot read /nowhere.pem"],
+        ),
         ("router", {"CONFIG": "/nowhere.toml"}, ["RINGMESH_CONFIG", "/nowhere.toml"]),
         ("services.inference", {"MODELS": "http://x/models"}, ["RINGMESH_MODELS: a model repository is", "https"]),
         ("cache", {"OTLP_ENDPOINT": "collector"}, ["RINGMESH_OTLP_ENDPOINT", "http://host:4317"]),

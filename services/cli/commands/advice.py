@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import time
-
 from rich.console import Console
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.cli.commands import tables
-from services.cli.commands.cost import call, moment, money, warn
+from services.cli.commands.cost import NANO, call, money, period, warn
 
 # Up to 200,000 requests are replayed some times.
 _SECONDS = 300.0
-_NANO = 10**9
 
 
 def ask(
     address: str, since: str, until: str | None, latency_ms: float, worker_type: str, *, memory_price: float
 ) -> ledger_pb2.AdviseResponse:
     """Raises CommandError."""
-    now = time.time()
     request = ledger_pb2.AdviseRequest(
-        from_ms=moment(since, now),
-        until_ms=moment(until, now),
+        **period(since, until),
         latency_us=round(latency_ms * 1000),
         worker_type=worker_type,
-        memory_gb_hour_nano=round(memory_price * _NANO),
+        memory_gb_hour_nano=round(memory_price * NANO),
     )
     return call(address, lambda stub: stub.Advise(request, timeout=_SECONDS))
 

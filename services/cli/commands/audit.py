@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 
 import grpc
@@ -11,16 +10,13 @@ from rich.text import Text
 from ringmesh.audit.v1 import audit_pb2, audit_pb2_grpc
 
 from services.cli.commands import running
-from services.cli.commands.cost import moment
+from services.cli.commands.cost import period
 from services.runtime.rpc.audit_log import time_text
 
 
 def question(since: str | None, until: str | None, who: str, method: str, limit: int) -> audit_pb2.ListRequest:
     """What a process is asked. Raises CommandError."""
-    now = time.time()
-    return audit_pb2.ListRequest(
-        from_ms=moment(since or "1h", now), until_ms=moment(until, now), who=who, method=method, limit=limit
-    )
+    return audit_pb2.ListRequest(**period(since or "1h", until), who=who, method=method, limit=limit)
 
 
 def entries(address: str, asked: audit_pb2.ListRequest) -> list[audit_pb2.Entry]:

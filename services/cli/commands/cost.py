@@ -19,7 +19,7 @@ from services.cli.commands import running, tables
 from services.cli.commands.cost_groups import By
 from services.cli.errors import CommandError
 
-_NANO = 10**9
+NANO = 10**9
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _EXPORT_SECONDS = 3600.0
 
@@ -42,6 +42,12 @@ def moment(text: str | None, now: float) -> int:
     return int((at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
+def period(since: str | None, until: str | None) -> dict[str, Any]:
+    """The fields `from_ms` and `until_ms` of a request, as `moment`. Raises CommandError."""
+    now = time.time()
+    return {"from_ms": moment(since, now), "until_ms": moment(until, now)}
+
+
 def call(address: str, ask: Callable[[ledger_pb2_grpc.LedgerServiceStub], running.Answer]) -> running.Answer:
     """Calls the ledger at `address`. Raises CommandError."""
     return running.ask(address, "ledger", lambda channel: ask(ledger_pb2_grpc.LedgerServiceStub(channel)))
@@ -60,26 +66,21 @@ def report(
     allow_unpriced: bool,
 ) -> ledger_pb2.ReportResponse:
     """Raises CommandError."""
-    now = time.time()
+    given = {name: value for name, value in filters.items() if value is not None}
     request = ledger_pb2.ReportRequest(
         by=[ledger_pb2.Group.Value(f"GROUP_{one.name}") for one in by],
-        from_ms=moment(since or (None if trace else "1h"), now),
-        until_ms=moment(until, now),
         trace_id=trace,
         limit=limit,
         changes=changes,
         allow_unpriced=allow_unpriced,
-        **{name: value for name, value in filters.items() if value is not None},
+        **period(since or (None if trace else "1h"), until) | given,
     )
     return call(address, lambda stub: stub.Report(request))
 
 
 def bill(address: str, since: str | None, until: str | None, *, allow_unpriced: bool) -> ledger_pb2.BillResponse:
     """Raises CommandError."""
-    now = time.time()
-    request = ledger_pb2.BillRequest(
-        from_ms=moment(since or "1h", now), until_ms=moment(until, now), allow_unpriced=allow_unpriced
-    )
+    request = ledger_pb2.BillRequest(**period(since or "1h", until), allow_unpriced=allow_unpriced)
     return call(address, lambda stub: stub.Bill(request))
 
 
@@ -93,10 +94,7 @@ def export(address: str, begin: str, until: str | None, path: Path) -> int:
     formats = {".csv": ledger_pb2.ExportRequest.FORMAT_CSV, ".parquet": ledger_pb2.ExportRequest.FORMAT_PARQUET}
     if path.suffix not in formats:
         raise CommandError(f"{path}: name a file that ends with .csv or .parquet")
-    now = time.time()
-    request = ledger_pb2.ExportRequest(
-        from_ms=moment(begin, now), until_ms=moment(until, now), format=formats[path.suffix]
-    )
+    request = ledger_pb2.ExportRequest(**period(begin, until), format=formats[path.suffix])
     # Written aside: a file of that name is whole.
     aside = path.with_name(f".{path.name}.partial")
 
@@ -236,7 +234,7 @@ def warn(console: Console, warnings: Sequence[str]) -> None:
 
 def money(nano: int) -> str:
     """As much as tells amounts apart: cents for hundreds, all nine digits for fractions of a cent."""
-    digits = 2 if abs(nano) >= 100 * _NANO else 4 if abs(nano) >= _NANO else 9
+    digits = 2 if abs(nano) >= 100 * NANO else 4 if abs(nano) >= NANO else 9
     sign, nano = ("-" if nano < 0 else ""), abs(nano)
     unit = 10 ** (9 - digits)
     whole, part = divmod((nano + unit // 2) // unit, 10**digits)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from services.cli.errors import CommandError
-from services.runtime.rpc.api_keys import new_key
+from services.runtime.rpc.api_keys import field_and_fault, new_key
 from services.runtime.rpc.roles import Role
 
 
@@ -20,10 +20,7 @@ def create(file: Path, id: str, tenant: str, roles: list[str], models: list[str]
         with file.open("a") as lines:
             lines.write(entry.model_dump_json(exclude_defaults=True) + "\n")
     except ValidationError as error:
-        faults = (
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": Value error, ")
-            for fault in error.errors()
-        )
+        faults = (": ".join(filter(None, field_and_fault(fault))) for fault in error.errors())
         raise CommandError("; ".join(faults)) from None
     except ValueError:
         raise CommandError(f"a role is one of {', '.join(Role)}") from None

@@ -9,11 +9,10 @@ from rich.table import Table
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.cli.commands import tables
-from services.cli.commands.cost import call, moment
+from services.cli.commands.cost import NANO, call, moment
 from services.cli.errors import CommandError
 
 _HOUR_MS = 3_600_000
-_NANO = 10**9
 
 
 def listing(address: str) -> Table:
@@ -75,7 +74,7 @@ def delete(address: str, worker_type: str, since: str) -> None:
 def nano(amount: str) -> int:
     """Nano-units of a decimal number, exactly. Raises CommandError."""
     try:
-        exact = Decimal(amount) * _NANO
+        exact = Decimal(amount) * NANO
         if exact != exact.to_integral_value() or not -(2**63) < exact < 2**63:
             raise ValueError
     except (InvalidOperation, ValueError):
@@ -84,4 +83,4 @@ def nano(amount: str) -> int:
 
 
 def _decimal(nano: int) -> str:
-    return f"{Decimal(nano) / _NANO:f}"
+    return f"{Decimal(nano) / NANO:f}"

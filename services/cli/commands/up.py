@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from services.cli.commands import model_list
 from services.cli.commands.screen import Screen
+from services.cli.stack import local_ca
 from services.cli.stack.stack import StackOptions
 from services.runtime.process import variables
 from services.runtime.rpc.access import warning
+from services.runtime.rpc.tls import TlsFiles
 
 
 def warnings(address: str) -> list[str]:
     """About variables that have no effect, and about a router at `address` that is open to other hosts."""
     exposed = warning(address, has_keys=_has_keys())
     return [*variables.unknown(os.environ), *([exposed] if exposed else [])]
+
+
+def tls_files(
+    given: TlsFiles | None, client_ca: Path | None, state: Path, host: str, say: Callable[[str], None]
+) -> TlsFiles:
+    """The certificate that callers and browsers see: the one that is given, else one of a CA in `state`.
+
+    Raises CommandError.
+    """
+    if given is not None:
+        return given
+    issued = replace(local_ca.issue(state / "tls", host), client_ca=client_ca)
+    say(f"callers verify the certificate of this stack by {state.absolute() / 'tls' / local_ca.CA}")
+    return issued
 
 
 async def serve(screen: Screen, options: StackOptions) -> int:

@@ -80,8 +80,7 @@ class Child:
     async def stop(self, seconds: float) -> None:
         """Sends SIGTERM, then SIGKILL after `seconds`. If cancelled, leaves the process as it is."""
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
+            await BACKGROUND.end(self._keeper)
         if not self.pid:
             return
         process = self._running()

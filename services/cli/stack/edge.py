@@ -22,9 +22,12 @@ _TYPE = "type.googleapis.com/envoy.extensions"
 _TLS = f"{_TYPE}.transport_sockets.tls.v3"
 # Routers check the metadata of requests themselves; Envoy adds a few entries.
 _HEADERS_KB, _HEADERS = 96, 1000
-_MAX_STREAMS = 1024
 _BUFFER_BYTES = 1 << 20
-_STREAM_WINDOW, _CONNECTION_WINDOW = 1 << 20, 16 << 20
+_HTTP2 = {
+    "max_concurrent_streams": 1024,
+    "initial_stream_window_size": 1 << 20,
+    "initial_connection_window_size": 16 << 20,
+}
 # Routers decide what is too much.
 _NO_LIMIT = 1 << 30
 _FLUSH = "60s"
@@ -100,23 +103,7 @@ class Edge:
         }
 
     def _http(self) -> dict[str, Any]:
-        another = {"@type": f"{_TYPE}.retry.host.previous_hosts.v3.PreviousHostsPredicate"}
         too_large = {"op": "EQ", "value": {"default_value": 507, "runtime_key": "edge.too_large_to_retry"}}
-        route = {
-            "cluster": "routers",
-            # The deadline is the caller's grpc-timeout.
-            "timeout": "0s",
-            "max_stream_duration": {"grpc_timeout_header_max": "0s"},
-            "retry_policy": {
-                "retry_on": "connect-failure,refused-stream,reset-before-request",
-                "num_retries": 2,
-                # A router that has died is the least loaded one: without this, most retries would choose it again.
-                "retry_host_predicate": [
-                    {"name": "envoy.retry_host_predicates.previous_hosts", "typed_config": another}
-                ],
-                "host_selection_retry_max_attempts": 8,
-            },
-        }
         return {
             "@type": f"{_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
             "stat_prefix": "callers",
@@ -135,24 +122,8 @@ class Edge:
                 "max_connection_duration": f"{self.connection_seconds:g}s",
                 "max_headers_count": _HEADERS,
             },
-            "http2_protocol_options": {
-                "max_concurrent_streams": _MAX_STREAMS,
-                "initial_stream_window_size": _STREAM_WINDOW,
-                "initial_connection_window_size": _CONNECTION_WINDOW,
-                "connection_keepalive": _KEEPALIVE,
-            },
-            "route_config": {
-                "request_headers_to_add": [
-                    {
-                        "header": {"key": PEER, "value": "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%"},
-                        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
-                    }
-                ],
-                "request_headers_to_remove": ["x-forwarded-proto", "x-envoy-external-address"],
-                "virtual_hosts": [
-                    {"name": "routers", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}
-                ],
-            },
+            "http2_protocol_options": {**_HTTP2, "connection_keepalive": _KEEPALIVE},
+            "route_config": _routes(),
             # A body that is too large to be kept for another try: UNAVAILABLE, as without one, so that callers retry.
             "local_reply_config": {
                 "mappers": [{"filter": {"status_code_filter": {"comparison": too_large}}, "status_code": 503}]
@@ -168,13 +139,7 @@ class Edge:
     def _cluster(self) -> dict[str, Any]:
         options = {
             "@type": f"{_TYPE}.upstreams.http.v3.HttpProtocolOptions",
-            "explicit_http_config": {
-                "http2_protocol_options": {
-                    "max_concurrent_streams": _MAX_STREAMS,
-                    "initial_stream_window_size": _STREAM_WINDOW,
-                    "initial_connection_window_size": _CONNECTION_WINDOW,
-                }
-            },
+            "explicit_http_config": {"http2_protocol_options": _HTTP2},
         }
         limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
         endpoints = [{"endpoint": {"address": {"pipe": {"path": str(path.absolute())}}}} for path in self.routers]
@@ -196,6 +161,35 @@ class Edge:
             "health_checks": [health] if len(self.routers) > 1 else [],
             "load_assignment": {"cluster_name": "routers", "endpoints": [{"lb_endpoints": endpoints}]},
         }
+
+
+def _routes() -> dict[str, Any]:
+    another = {"@type": f"{_TYPE}.retry.host.previous_hosts.v3.PreviousHostsPredicate"}
+    route = {
+        "cluster": "routers",
+        # The deadline is the caller's grpc-timeout.
+        "timeout": "0s",
+        "max_stream_duration": {"grpc_timeout_header_max": "0s"},
+        "retry_policy": {
+            "retry_on": "connect-failure,refused-stream,reset-before-request",
+            "num_retries": 2,
+            # A router that has died is the least loaded one: without this, most retries would choose it again.
+            "retry_host_predicate": [{"name": "envoy.retry_host_predicates.previous_hosts", "typed_config": another}],
+            "host_selection_retry_max_attempts": 8,
+        },
+    }
+    return {
+        "request_headers_to_add": [
+            {
+                "header": {"key": PEER, "value": "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%"},
+                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+            }
+        ],
+        "request_headers_to_remove": ["x-forwarded-proto", "x-envoy-external-address"],
+        "virtual_hosts": [
+            {"name": "routers", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}
+        ],
+    }
 
 
 def socket_path(folder: Path, name: str) -> Path:

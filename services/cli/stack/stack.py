@@ -188,6 +188,11 @@ class Stack:
             "RINGMESH_CACHE_ADDRESS": endpoints.cache,
         }
         yield self._service("ledger", "services.ledger", endpoints.ledger, ledger)
+        yield from self._workers(common)
+        yield from self._routers(caches)
+
+    def _workers(self, common: Mapping[str, str]) -> Iterator[ChildSpec]:
+        options, endpoints = self._options, self._options.endpoints
         threads = max(1, cores.available() // len(endpoints.workers))
         for number, endpoint in enumerate(endpoints.workers):
             environment = {
@@ -200,6 +205,10 @@ class Stack:
             # A worker without a usable model is not ready, but it serves.
             is_alive = partial(probes.serves, endpoint, WORKER)
             yield self._service(f"worker-{number}", "services.inference", endpoint, environment, is_alive)
+
+    def _routers(self, caches: Mapping[str, str]) -> Iterator[ChildSpec]:
+        """The routers, and the TLS edge in front of them."""
+        options, endpoints = self._options, self._options.endpoints
         environment = {
             **caches,
             "RINGMESH_WORKERS": ",".join(endpoints.workers),

@@ -51,15 +51,15 @@ class DirectService:
         self._tracer = tracer
         self._report = report
 
-    def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler], calls: Calls) -> Service:
-        """The handlers, and `more` of the same service. `calls` counts the calls. `is_ready` answers ServerReady."""
+    def service(self, is_ready: protocol.ReadyCheck, control: Mapping[str, Handler], calls: Calls) -> Service:
+        """The handlers, and `control` of the same service. `calls` counts the calls. `is_ready` answers ServerReady."""
         return protocol.service(
             is_ready,
             {
                 "ModelReady": unary(v2.ModelReadyRequest, self._model_ready),
                 "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
                 "ModelStreamInfer": stream_handler(self._stream_infer),
-                **more,
+                **control,
             },
             {"ModelInfer": calls.counted_path(protocol.full_name("ModelInfer"), self._model_infer)},
         )

@@ -24,15 +24,10 @@ class SharedMemoryControl:
             "SystemSharedMemoryStatus": unary(v2.SystemSharedMemoryStatusRequest, self._status),
             "SystemSharedMemoryRegister": unary(v2.SystemSharedMemoryRegisterRequest, self._register),
             "SystemSharedMemoryUnregister": unary(v2.SystemSharedMemoryUnregisterRequest, self._unregister),
-            "CudaSharedMemoryStatus": unary(
-                v2.CudaSharedMemoryStatusRequest, _without_cuda(v2.CudaSharedMemoryStatusResponse)
-            ),
-            "CudaSharedMemoryRegister": unary(
-                v2.CudaSharedMemoryRegisterRequest, _without_cuda(v2.CudaSharedMemoryRegisterResponse)
-            ),
-            "CudaSharedMemoryUnregister": unary(
-                v2.CudaSharedMemoryUnregisterRequest, _without_cuda(v2.CudaSharedMemoryUnregisterResponse)
-            ),
+            **{
+                method: unary(getattr(v2, f"{method}Request"), _without_cuda(getattr(v2, f"{method}Response")))
+                for method in ("CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister")
+            },
         }
 
     async def _status(

@@ -20,6 +20,7 @@ from services.inference.execution.model import OnnxModel
 from services.inference.repository.crash_journal import UNWATCHED, Watch
 from services.inference.scheduling.request_queue import QueuedRequest, RequestQueue
 from services.inference.scheduling.returning_callers import ReturningCallers
+from services.runtime.apportioned import apportioned
 from services.runtime.errors import DeadlineExceededError, InternalError, UnavailableError
 
 MAX_MEMBERS = 16
@@ -69,18 +70,6 @@ class BatchResult:
         self.members = members
         # The steps of an ensemble.
         self.steps = steps
-
-
-def divided(total: int, weights: Sequence[int]) -> list[int]:
-    """Parts in proportion to `weights`, which are above 0. They add up to `total` exactly, by largest remainder."""
-    if len(weights) == 1:
-        return [total]
-    whole = sum(weights)
-    parts = [total * weight // whole for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % whole))
-    for index in by_remainder[: total - sum(parts)]:
-        parts[index] += 1
-    return parts
 
 
 class StepResult(NamedTuple):
@@ -379,7 +368,7 @@ class Batcher:
         # Every result carries the members. Without a bound, the cost would grow with the square of the batch size.
         members = b"".join([decoded.trace_context for decoded in requests[:MAX_MEMBERS]])
         row = 0
-        shares = divided((end - start) // 1000, [max(1, decoded.rows) for decoded in requests])
+        shares = apportioned([max(1, decoded.rows) for decoded in requests], (end - start) // 1000)
         for decoded, queued, share in zip(requests, queued_ns, shares, strict=True):
             next_row = row + decoded.rows
             arrays = outputs if len(requests) == 1 else [output[row:next_row] for output in outputs]

@@ -13,13 +13,13 @@ from typing import Final
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports import usage_query
-from services.ledger.reports.money import apportioned
 from services.ledger.reports.prices import ROUTER, PriceBook
 from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
 from services.ledger.storage.rollups import MEASURES
 from services.ledger.storage.times import utc
+from services.runtime.apportioned import apportioned
 
 UP_TIME: Final = (
     "SELECT g.segment, p.region, p.worker_type, sum(p.up_us)::bigint FROM pool_hour p "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 # ISO 4217, those that people pay with.
@@ -20,20 +19,3 @@ CURRENCIES: Final = frozenset(_CODES.split())
 def rounded(numerator: int, denominator: int) -> int:
     """To the nearest integer, halves up. Neither is negative."""
     return (2 * numerator + denominator) // (2 * denominator)
-
-
-def apportioned(weights: Sequence[int], total: int) -> list[int]:
-    """`total` divided in proportion to `weights`, by largest remainder: the parts add up to it exactly.
-
-    All zero if the weights are; then `total` must be, too. Nothing is negative.
-    """
-    whole = sum(weights)
-    if not whole:
-        return [0] * len(weights)
-    divided = [divmod(weight * total, whole) for weight in weights]
-    parts, remainders = ([one[place] for one in divided] for place in (0, 1))
-    left = total - sum(parts)
-    by_remainder = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)
-    for place in by_remainder[:left]:
-        parts[place] += 1
-    return parts

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports import usage_query
-from services.ledger.reports.money import apportioned, rounded
+from services.ledger.reports.money import rounded
 from services.ledger.reports.prices import PriceBook
 from services.ledger.reports.rating import Amounts, Rating
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
 from services.ledger.storage.rollups import MEASURES
+from services.runtime.apportioned import apportioned
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,7 @@ class EmbeddedPostgres:
     async def stop(self) -> None:
         """Ends sessions, writes what is in memory, and returns when the server is gone."""
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
+            await BACKGROUND.end(self._keeper)
         # Fast, then immediate.
         for number in (signal.SIGINT, signal.SIGQUIT):
             if self._process is None or self._process.returncode is not None:

@@ -20,6 +20,7 @@ from services.runtime.process import variables
 from services.runtime.process.settings import ServiceSettings, describe
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.server import StartError
+from services.runtime.rpc.tls import TlsError
 from services.runtime.telemetry import metrics_export
 from services.runtime.telemetry.logs import to_stderr
 from services.runtime.telemetry.metrics import Metrics
@@ -57,7 +58,7 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
             for message in variables.unknown(os.environ):
                 log.warning("%s", message)
             uvloop.run(main(settings))
-    except (ValidationError, StartError) as error:
+    except (ValidationError, StartError, TlsError) as error:
         print(f"{name}: {describe(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
@@ -67,7 +68,7 @@ async def publish(settings: ServiceSettings, metrics: Metrics, exporter: Process
     """Serves `metrics` and those of the process itself, by mutual TLS if services call each other so. With `exporter`,
     also sends them to the OTLP endpoint, if any.
 
-    Raises StartError.
+    Raises StartError and TlsError.
     """
     metrics.add(BACKGROUND.samples)
     exposition = MetricsServer(settings.metrics_address, metrics, settings.service_files())

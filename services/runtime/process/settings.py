@@ -20,14 +20,14 @@ from pydantic_settings import (
 
 from services.runtime.process import units
 from services.runtime.rpc.access import LOOPBACK, Access, credential_of
-from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
+from services.runtime.rpc.api_keys import ApiKeys, KeyFileError, field_and_fault
 from services.runtime.rpc.audit_log import AuditLog
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.rpc import Service
 from services.runtime.rpc.server import Engine, Server, StartError
 from services.runtime.rpc.service_tls import ServiceTls
-from services.runtime.rpc.tls import TlsError, TlsFiles
+from services.runtime.rpc.tls import TlsFiles
 from services.runtime.rpc.tokens import KeySetError, Tokens
 from services.runtime.telemetry.logs import LogFormat
 from services.runtime.telemetry.span_export import Collector, SpanFolder, SpanQueue
@@ -162,12 +162,9 @@ class ServiceSettings(BaseSettings):
         return TlsFiles(self.service_certificate, self.service_key, self.service_ca)
 
     def service_tls(self) -> ServiceTls | None:
-        """The TLS of calls to other services; None: plain text. Raises StartError."""
+        """The TLS of calls to other services; None: plain text. Raises StartError and TlsError."""
         files = self.service_files()
-        try:
-            return ServiceTls(files) if files is not None else None
-        except TlsError as error:
-            raise StartError(str(error)) from None
+        return ServiceTls(files) if files is not None else None
 
     def _tokens(self) -> Tokens | None:
         if self.jwt_keys is None:
@@ -247,8 +244,8 @@ def describe(error: ValidationError) -> str:
     secret."""
     problems = []
     for problem in error.errors():
+        _, message = field_and_fault(problem)
         name = "_".join(str(part) for part in problem["loc"]).upper()
         secret = problem["type"] == "extra_forbidden" or any(word in name for word in _SECRET)
-        message = problem["msg"].removeprefix("Value error, ")
         problems.append(f"RINGMESH_{name}: {message}" + ("" if secret else f", got {problem['input']!r}"))
     return "; ".join(problems)

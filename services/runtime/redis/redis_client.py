@@ -38,27 +38,27 @@ def one_server(settings: Mapping[str, Any]) -> Redis:
     return Redis.from_pool(ConnectionPool(**settings))
 
 
-def server(url: RedisUrl, more: Mapping[str, Any]) -> Redis:
+def server(url: RedisUrl, common: Mapping[str, Any]) -> Redis:
     """Returns a client of one server, or of the primary, which Sentinels name for each connection; not of a cluster."""
     if url.topology is Topology.SENTINEL:
         plain = {name: value for name, value in url.options.items() if name != "connection_class"}
-        servers = {**plain, **more, **({"ssl": True} if url.is_secure else {})}
+        servers = {**plain, **common, **({"ssl": True} if url.is_secure else {})}
         secure = {name: value for name, value in servers.items() if name.startswith("ssl")}
         sentinel = Sentinel(  # type: ignore[no-untyped-call]
             list(url.hosts),
-            sentinel_kwargs={**more, **secure, "socket_timeout": _SENTINEL_SECONDS, **url.sentinel_options},
+            sentinel_kwargs={**common, **secure, "socket_timeout": _SENTINEL_SECONDS, **url.sentinel_options},
         )
         primary: Redis = sentinel.master_for(url.service, **servers)
         return primary
     host = {"host": url.hosts[0][0], "port": url.hosts[0][1]} if url.hosts else {}
-    return one_server({**url.options, **host, **more})
+    return one_server({**url.options, **host, **common})
 
 
-def cluster(url: RedisUrl, more: Mapping[str, Any]) -> RedisCluster:
+def cluster(url: RedisUrl, common: Mapping[str, Any]) -> RedisCluster:
     """Returns a client of the cluster that the hosts belong to; if a server fails, it reads the slots again."""
     plain = {name: value for name, value in url.options.items() if name != "connection_class"}
     return RedisCluster(
-        startup_nodes=[ClusterNode(host, port) for host, port in url.hosts], ssl=url.is_secure, **{**plain, **more}
+        startup_nodes=[ClusterNode(host, port) for host, port in url.hosts], ssl=url.is_secure, **{**plain, **common}
     )
 
 

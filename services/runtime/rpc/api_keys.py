@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from services.runtime.errors import UnauthenticatedError
 from services.runtime.file_stamp import stamp
@@ -155,12 +156,15 @@ def _read(path: Path) -> dict[str, Identity]:
             try:
                 entry = KeyEntry.model_validate_json(line)
             except ValidationError as error:
-                first = error.errors()[0]
-                field = ".".join(map(str, first["loc"])) or "the line"
-                message = first["msg"].removeprefix("Value error, ")
-                raise KeyFileError(f"{path}, line {number}: {field}: {message}") from None
+                field, message = field_and_fault(error.errors()[0])
+                raise KeyFileError(f"{path}, line {number}: {field or 'the line'}: {message}") from None
             found[entry.sha256 or _certificate(entry.certificate)] = entry.identity()
     return found
+
+
+def field_and_fault(error: ErrorDetails) -> tuple[str, str]:
+    """The field of one of pydantic's errors, "" if it concerns the whole, and what is wrong with it."""
+    return ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
 
 
 def _certificate(name: str) -> str:

@@ -43,14 +43,14 @@ class AuditLog:
         self._refusals = 0
         self._suppressed = 0
 
-    def write(self, who: str, method: str, peer: str, result: str, **more: object) -> None:
+    def write(self, who: str, method: str, peer: str, result: str, **details: object) -> None:
         """Records that `who`, at `peer`, called `method`, and how it ended."""
         entry = {
             "time": time_text(time.time_ns() // 1_000_000),
             "process": self._process,
             "who": who,
             "method": method,
-            **more,
+            **details,
         }
         line = json.dumps({**entry, "peer": peer, "result": result})
         if self.path is None:
@@ -72,9 +72,9 @@ class AuditLog:
         if self._refusals > _REFUSALS_A_SECOND:
             self._suppressed += 1
             return
-        more = {"suppressed": self._suppressed} if self._suppressed else {}
+        counted = {"suppressed": self._suppressed} if self._suppressed else {}
         self._suppressed = 0
-        self.write(who, method, peer, result, error=message, **more)
+        self.write(who, method, peer, result, error=message, **counted)
 
 
 def time_text(at_ms: int) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 
 from services.runtime.rpc.server import StartError
-from services.runtime.rpc.tls import TlsError, TlsFiles
+from services.runtime.rpc.tls import TlsFiles
 from services.runtime.telemetry.metrics import Buckets, Family, Metrics, Sample
 
 log = logging.getLogger(__name__)
@@ -31,13 +31,11 @@ class MetricsServer:
         self._one = asyncio.Lock()
 
     async def start(self) -> int:
-        """Starts listening and returns the port. Raises StartError if the address is taken or invalid."""
+        """Starts listening and returns the port. Raises StartError if the address is taken or invalid, and TlsError."""
         host, _, port = self._address.rpartition(":")
         try:
             context = self._tls.context() if self._tls else None
             self._server = await asyncio.start_server(self._serve, host.strip("[]"), int(port), limit=8192, ssl=context)
-        except TlsError as error:
-            raise StartError(str(error)) from None
         except (OSError, ValueError, OverflowError) as error:
             raise StartError(
                 f"cannot serve metrics on {self._address}, choose another with RINGMESH_METRICS_ADDRESS: {error}"

@@ -20,7 +20,7 @@ from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.connections import Connections
 from services.runtime.rpc.health import Health
 from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Context, Handler, Service, abort
-from services.runtime.rpc.tls import TlsError, TlsFiles
+from services.runtime.rpc.tls import TlsFiles
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,10 @@ class Server:
         self.calls.add(self._backlog.samples)
 
     async def start(self) -> int:
-        """Binds, starts answering (NOT_SERVING), and returns the port. Raises StartError if it cannot listen there."""
+        """Binds, starts answering (NOT_SERVING), and returns the port.
+
+        Raises StartError if it cannot listen there, and TlsError.
+        """
         server, access = self._server, self._access
         services = [*self._services, self.health.service()]
         for service in services:
@@ -195,8 +198,6 @@ class Server:
             raise StartError(
                 f"cannot listen on {self._address}: the port is taken or the address is not ours"
             ) from None
-        except TlsError as error:
-            raise StartError(str(error)) from None
         await server.start()
         if access.warning:
             log.warning("%s", access.warning)

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from services.runtime.errors import UnauthenticatedError, UnavailableError
 from services.runtime.file_stamp import stamp
-from services.runtime.rpc.api_keys import Grant
+from services.runtime.rpc.api_keys import Grant, field_and_fault
 from services.runtime.rpc.identity import Identity, bearer
 from services.runtime.rpc.roles import Role
 
@@ -107,9 +107,8 @@ class Tokens:
             )
             return self._identity(claims)
         except ValidationError as error:
-            first = error.errors()[0]
-            claim = ".".join(map(str, first["loc"])) or "its claims"
-            raise UnauthenticatedError(f"the token is refused: {claim}: {first['msg']}") from None
+            claim, message = field_and_fault(error.errors()[0])
+            raise UnauthenticatedError(f"the token is refused: {claim or 'its claims'}: {message}") from None
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise UnauthenticatedError(f"the token is refused: {error}") from None
 

@@ -17,6 +17,7 @@ from cache.tiers.local_tier import LocalTier
 from services.runtime.driver import Driver, Promise
 from services.runtime.errors import InvalidArgumentError, RingmeshError, UnavailableError
 from services.runtime.telemetry.tracing import untraced
+from tests.unit.clock import Clock
 
 DIGEST = b"d" * 16
 TRIP = 0.001
@@ -47,16 +48,12 @@ class Shared:
         self.held[key] = entry
 
 
-class Clock:
-    now = 1000.0
-
-
 class Router:
     """A mesh and a model that takes `seconds`. `policy` is the model's."""
 
     def __init__(self, monkeypatch, policy="", shared=None):
-        self.clock = Clock()
-        monkeypatch.setattr(time, "monotonic", lambda: self.clock.now)
+        self.clock = Clock(1000.0)
+        monkeypatch.setattr(time, "monotonic", self.clock)
         purges = InvalidationLog(None, "test", 1.0)
         self.mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
         self.mesh.shared = self.shared = shared or Shared(self.clock)

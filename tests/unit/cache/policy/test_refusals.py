@@ -2,13 +2,7 @@ import pytest
 
 from cache.policy.refusals import Refusals
 from services.runtime.errors import InvalidArgumentError
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+from tests.unit.clock import Clock
 
 
 def test_a_refusal_is_repeated_until_its_time_is_over():

@@ -1,11 +1,5 @@
 from cache.tiers.breaker import Breaker
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.unit.clock import Clock
 
 
 def test_after_a_failure_nothing_passes_until_the_pause_is_over_and_then_one_probe():

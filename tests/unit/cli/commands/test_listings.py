@@ -43,6 +43,10 @@ def test_an_entry_of_the_audit_log_is_one_whole_line_in_a_narrow_terminal():
     assert second.split() == ["1970-01-01T00:00:00.000Z", "unknown", "UNAUTHENTICATED", "Purge", "[red]no"]
 
 
+def test_a_period_has_a_beginning_and_an_end():
+    assert cost.period("1970-01-01", "1970-01-02") == {"from_ms": 0, "until_ms": 86_400_000}
+
+
 def test_a_tenant_with_a_long_name_leaves_room_for_the_amounts():
     rows = [ledger_pb2.ReportRow(tenant=name, requests=7, cost_nano=123) for name in ("t" * 256, "acme")]
     answer = ledger_pb2.ReportResponse(

@@ -7,13 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.console.data.history import KEPT_SECONDS, MAX_SCRAPES, MAX_SERIES, History, ScrapedSample
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
+from tests.unit.clock import Clock
 
 
 def sample(name, labels, value):
@@ -22,7 +16,7 @@ def sample(name, labels, value):
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

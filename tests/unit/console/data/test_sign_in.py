@@ -16,6 +16,7 @@ from services.runtime.rpc.api_keys import ApiKeys, new_key
 from services.runtime.rpc.audit_log import AuditLog
 from services.runtime.rpc.identity import Identity
 from services.runtime.rpc.tokens import Tokens
+from tests.unit.clock import Clock
 from tests.unit.console.data.test_console_requests import GOOD, Console
 from tests.unit.console.data.test_trace_store import span
 
@@ -305,13 +306,6 @@ def test_a_page_and_a_sign_in_say_that_the_keys_of_tokens_have_not_been_read_yet
     for status, _, text in answers:
         assert status == 503
         assert "The keys of tokens cannot be read from https://example.org/keys yet." in text
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

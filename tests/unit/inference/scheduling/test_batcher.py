@@ -11,7 +11,7 @@ from ringmesh.oip.v2.model_config_pb2 import ModelDynamicBatching, ModelQueuePol
 
 from services.inference.codec.request import Decoded
 from services.inference.execution.inline_runs import InlineRuns
-from services.inference.scheduling.batcher import MAX_MEMBERS, PROBE, Batcher, BatchResult, divided
+from services.inference.scheduling.batcher import MAX_MEMBERS, PROBE, Batcher, BatchResult
 from services.inference.scheduling.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ResourceExhaustedError
 from services.runtime.verdict import YES, Verdict
@@ -613,16 +613,3 @@ async def test_nothing_is_run_at_once_while_another_thread_does_so(monkeypatch):
     model.gate.set()
     (result,) = running.result(20)
     assert result.arrays[0].item() == 4
-
-
-@given(st.integers(0, 10**9), st.lists(st.integers(1, 64), min_size=1, max_size=64))
-def test_the_shares_of_a_run_add_up_to_it(total, rows):
-    shares = divided(total, rows)
-    assert sum(shares) == total
-    for share, weight in zip(shares, rows, strict=True):
-        assert total * weight // sum(rows) <= share <= total * weight // sum(rows) + 1
-
-
-def test_what_is_left_of_a_run_goes_to_the_largest_remainders():
-    assert divided(10, [5, 3, 2, 2]) == [4, 2, 2, 2]
-    assert divided(2, [1, 1, 1]) == [1, 1, 0]

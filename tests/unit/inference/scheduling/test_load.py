@@ -2,14 +2,8 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2
 
 from services.inference.scheduling.load import Load
+from tests.unit.clock import Clock
 from tests.unit.router.fleets import MODEL, member, view
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 def test_an_idle_worker_has_no_wait():

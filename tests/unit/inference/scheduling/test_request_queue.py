@@ -11,15 +11,13 @@ from ringmesh.oip.v2.model_config_pb2 import ModelDynamicBatching, ModelQueuePol
 from services.inference.codec.request import Decoded
 from services.inference.scheduling.request_queue import QueuedRequest, RequestQueue
 from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError
+from tests.unit.clock import Clock
 
 ARRAYS = {"x": np.zeros((1, 1), np.float32)}
 
 
-class Clock:
+class LoopClock(Clock):
     """Stands for time.monotonic, also to the event loop: it only moves when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
 
     async def advance(self, seconds):
         """And lets the event loop run what is due, once."""
@@ -30,8 +28,8 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(time, "monotonic", lambda: made.now)
+    made = LoopClock(1000.0)
+    monkeypatch.setattr(time, "monotonic", made)
     return made
 
 
@@ -212,9 +210,9 @@ class Reference:
 @settings(max_examples=300)
 @given(STEPS)
 def test_whatever_the_order_the_queue_holds_the_live_requests_and_fails_the_others_on_time(steps):
-    clock = Clock()
+    clock = LoopClock(1000.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "monotonic", lambda: clock.now)
+        patch.setattr(time, "monotonic", clock)
         asyncio.run(in_this_order(clock, steps))
 
 

@@ -8,14 +8,7 @@ from blake3 import blake3
 from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.ledger_spool import LedgerSpool, SpoolError
-
-
-class Clock:
-    def __init__(self, now=1000):
-        self.now = now
-
-    def __call__(self):
-        return self.now
+from tests.unit.clock import Clock
 
 
 @pytest.fixture
@@ -31,7 +24,7 @@ def open_spool(folder):
     def open_(max_bytes=1 << 20, clock=None):
         for spool in opened:
             spool.close()
-        opened.append(LedgerSpool(folder, max_bytes, clock or Clock()))
+        opened.append(LedgerSpool(folder, max_bytes, clock or Clock(1000)))
         opened[-1].open()
         return opened[-1]
 
@@ -95,7 +88,7 @@ def test_an_epoch_is_later_than_those_of_what_waits(open_spool, folder):
 def test_two_processes_cannot_share_a_folder(open_spool, folder):
     open_spool()
     with pytest.raises(SpoolError, match="another process uses"):
-        LedgerSpool(folder, 1, Clock()).open()
+        LedgerSpool(folder, 1, Clock(1000)).open()
 
 
 def test_a_full_spool_gives_up_the_oldest_but_the_first_and_says_so(open_spool):

@@ -2,13 +2,7 @@ import pytest
 
 from router.accounting.request_metrics import OK, RequestMetrics
 from router.accounting.slo import Slo
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+from tests.unit.clock import Clock
 
 
 @pytest.fixture

@@ -11,21 +11,14 @@ from router.admission.quotas import Quotas
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip.protocol import caller_metadata
 from services.runtime.token_bucket import TokenBucket
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
+from tests.unit.clock import Clock
 
 
 class Worker:
     """A worker in simulated time that runs what waits in batches, and callers who come at a steady rate."""
 
     def __init__(self, target, *, batch, run):
-        self.clock = Clock()
+        self.clock = Clock(1000.0)
         self.limit = ConcurrencyLimit(target, self.clock)
         self._batch, self._run = batch, run
         self._waiting, self._running, self._done_at = [], [], 0.0
@@ -137,7 +130,7 @@ def test_when_the_overload_is_over_so_is_the_limit():
 
 
 def test_what_is_sheddable_is_refused_before_what_is_normal_and_that_before_what_is_critical():
-    limit = ConcurrencyLimit(0.1, Clock())
+    limit = ConcurrencyLimit(0.1, Clock(1000.0))
     limit.limit = 10
     admitted = {priority: [] for priority in Priority}
     for under_way in range(20):
@@ -149,14 +142,14 @@ def test_what_is_sheddable_is_refused_before_what_is_normal_and_that_before_what
 
 
 def test_one_request_at_a_time_is_admitted_whatever_the_limit():
-    limit = ConcurrencyLimit(0.1, Clock())
+    limit = ConcurrencyLimit(0.1, Clock(1000.0))
     limit.limit = 1
     assert all(limit.admits(priority) for priority in Priority)
 
 
 @given(st.floats(0.1, 1000), st.lists(st.floats(0, 2), max_size=200))
 def test_a_bucket_never_gives_more_than_its_burst_and_its_rate(rate, pauses):
-    clock = Clock()
+    clock = Clock(1000.0)
     burst = max(1.0, rate)
     bucket = TokenBucket(rate, burst, clock)
     begin = clock.now
@@ -169,7 +162,7 @@ def test_a_bucket_never_gives_more_than_its_burst_and_its_rate(rate, pauses):
 
 @given(st.floats(0.1, 1000))
 def test_an_empty_bucket_says_when_it_has_a_token(rate):
-    clock = Clock()
+    clock = Clock(1000.0)
     bucket = TokenBucket(rate, 1, clock)
     assert bucket.take() == 0.0
     seconds = bucket.take()
@@ -190,7 +183,7 @@ def ask(quotas, tenant, times):
 
 
 def test_who_is_refused_is_told_what_the_quota_is_and_when_to_come_back():
-    quotas = Quotas({"acme": 4}, Clock())
+    quotas = Quotas({"acme": 4}, Clock(1000.0))
     ask(quotas, "acme", 4)
     with pytest.raises(RefusedError, match=r"'acme'.* 4 computed requests a second") as refused:
         quotas.take(Caller("acme", Priority.NORMAL))
@@ -198,16 +191,16 @@ def test_who_is_refused_is_told_what_the_quota_is_and_when_to_come_back():
 
 
 def test_each_tenant_has_its_own_quota_and_those_not_named_have_one_each():
-    quotas = Quotas({"acme": 5, "*": 2}, Clock())
+    quotas = Quotas({"acme": 5, "*": 2}, Clock(1000.0))
     assert [ask(quotas, tenant, 10) for tenant in ("acme", "b", "c", "")] == [5, 2, 2, 2]
 
 
 def test_without_a_quota_for_others_they_have_no_limit():
-    assert ask(Quotas({"acme": 5}, Clock()), "b", 1000) == 1000
+    assert ask(Quotas({"acme": 5}, Clock(1000.0)), "b", 1000) == 1000
 
 
 def test_many_tenants_do_not_fill_the_memory():
-    clock = Clock()
+    clock = Clock(1000.0)
     quotas = Quotas({"*": 1}, clock)
     for number in range(50_000):
         quotas.take(Caller(f"t{number}", Priority.NORMAL))
@@ -227,4 +220,4 @@ def test_a_caller_is_read_from_what_it_says():
 
 
 def test_no_limit_is_known_at_first():
-    assert ConcurrencyLimit(0.1, Clock()).limit == math.inf
+    assert ConcurrencyLimit(0.1, Clock(1000.0)).limit == math.inf

@@ -12,14 +12,8 @@ from router.membership.fleet import Fleet
 from router.operator.service import OperatorService
 from router.transport.worker_client import WorkerBusyError, WorkerUnreachableError
 from services.runtime.errors import NotFoundError, UnavailableError
+from tests.unit.clock import Clock
 from tests.unit.router.transport.test_worker_client import Worker
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 class Link:

@@ -1,14 +1,8 @@
 from router.balancing.member import Listing
 from router.membership.membership import LINGER_SECONDS, Membership
+from tests.unit.clock import Clock
 
 A, B = Listing("a:1"), Listing("b:1", weight=2.0)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 def never(_):

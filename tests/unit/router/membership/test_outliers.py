@@ -11,16 +11,10 @@ from router.membership.outliers import (
     WINDOW_SECONDS,
     Outliers,
 )
+from tests.unit.clock import Clock
 
 FLEET = ["a", "b", "c", "d"]
 ASKED = dict.fromkeys(FLEET, True)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

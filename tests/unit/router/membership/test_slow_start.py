@@ -1,11 +1,5 @@
 from router.membership.slow_start import FIRST, SECONDS, SlowStart
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+from tests.unit.clock import Clock
 
 
 def test_a_newcomer_starts_with_a_tenth_and_ends_whole():

@@ -11,6 +11,7 @@ from router.request.audit_comparison import compare
 from services.runtime.errors import ResourceExhaustedError
 from services.runtime.oip.tensors import DATATYPES
 from services.runtime.verdict import YES
+from tests.unit.clock import Clock
 from tests.unit.router.fleets import member
 from tests.unit.turns import turns
 
@@ -75,13 +76,6 @@ class FakeDispatcher:
 MODEL = ModelEntry("m", "1", b"digest", YES, v2.ModelMetadataResponse())
 REQUEST = v2.ModelInferRequest(model_name="m").SerializeToString()
 NONE = Catalog([])
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 def hit(audit, model, request, value):

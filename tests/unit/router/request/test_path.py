@@ -20,10 +20,8 @@ from cache.policy.refusals import Refusals
 from cache.regions.peer_regions import PeerRegions
 from cache.tiers.entry import Entry
 from cache.tiers.local_tier import LocalTier
-from router.accounting.budgets import Budgets
-from router.accounting.cost import CostMetrics, Prices
-from router.accounting.meter import Meter
-from router.accounting.request_metrics import RequestMetrics
+from router.accounting.accounts import Accounts
+from router.accounting.cost import Prices
 from router.admission.caller import ANYBODY, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
@@ -39,8 +37,6 @@ from router.request.replies import Replies
 from services.runtime.driver import Driver
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from services.runtime.rpc.access import Access
-from services.runtime.telemetry.load_report import LoadReport
-from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.spans import Process
 from services.runtime.telemetry.tracing import Tracer
 from tests.unit.router.fleets import member, view
@@ -81,9 +77,7 @@ class Router:
     def __init__(self, rates=(), tenant_limits=({}, {}, {}), **model):
         purges = InvalidationLog(None, "test", 1.0)
         self.mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
-        self.worker, self.requests = Worker(), RequestMetrics()
-        self.budgets = Budgets()
-        self.meter = Meter(self.budgets, most_tenants=3)
+        self.worker = Worker()
         metadata = v2.ModelMetadataResponse(name="m", versions=["1"])
         metadata.inputs.add(name="x", datatype="FP32", shape=[-1])
         metadata.outputs.add(name="y", datatype="FP32", shape=[-1])
@@ -98,9 +92,8 @@ class Router:
         dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
         audit = Audit(dispatcher.run, 0.0, time.monotonic)
         tracer = Tracer(Process("router", "test"), 0.0, [])
-        cost = CostMetrics(Prices(0.0, 0.0), self.requests, fleet, lambda: 0, time.monotonic)
-        report = LoadReport(self.requests.answers, cores=1)
-        replies = Replies(self.mesh, tracer, self.requests, RequestLog(time.monotonic), cost, audit, report, self.meter)
+        accounts = Accounts.create(Prices(0.0, 0.0), fleet, lambda: 0, cores=1, usage_tenants=3)
+        self.requests, self.budgets, self.meter = accounts.requests, accounts.budgets, accounts.meter
         quotas = Quotas(dict(rates), time.monotonic)
         hasher = RequestHasher("secret")
         self.path = RequestPath(
@@ -109,12 +102,11 @@ class Router:
             hasher,
             dispatcher,
             tracer,
-            self.requests,
-            replies,
+            accounts,
+            Replies(self.mesh, tracer, accounts, audit),
             quotas,
             audit,
             Access(""),
-            self.budgets,
             TenantLimits(*tenant_limits, self.mesh.local, time.monotonic),
         )
         self.hash = hasher.hash(v2.ModelInferRequest.FromString(request()), ["y"])

@@ -142,8 +142,9 @@ class Router:
             fault.kind = TellsReplies
             replies = fault.of(TellsReplies)()
         quotas = fault.of(Quotas)({}, time.monotonic)
+        accounts = SimpleNamespace(requests=self.requests, budgets=Budgets())
         self.path = RequestPath(
-            fleet, self.mesh, None, self.dispatcher, None, self.requests, replies, quotas, None, Access(""), Budgets()
+            fleet, self.mesh, None, self.dispatcher, None, accounts, replies, quotas, None, Access("")
         )
         self.path._keyer = SimpleNamespace(admit=lambda _: None, remember=lambda _: None)
         self.told = []

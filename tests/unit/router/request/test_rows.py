@@ -189,10 +189,14 @@ class FakeWorker:
         return inference_pb2.WorkResult(response=response(values), model_digest=self.digest, timing=timing), "w"
 
 
+def key_of(values):
+    return MODEL.digest + HASHER.hash(request(values))
+
+
 async def find(cache, values, worker):
-    whole = MODEL.digest + HASHER.hash(request(values))
     subject = Subject("m", MODEL.digest, 100)
-    return await driver.run(cache.find(split(request(values)), MODEL, None, Epochs({}), whole, subject, worker))
+    finding = cache.find(split(request(values)), MODEL, None, Epochs({}), key_of(values), subject, worker, "acme")
+    return await driver.run(finding)
 
 
 async def test_a_batch_of_eight_of_which_six_are_known_costs_two():
@@ -214,7 +218,7 @@ async def test_equal_rows_of_one_batch_are_computed_once():
 
 async def test_rows_in_the_shared_tier_are_not_computed():
     mesh, worker = FakeMesh(), FakeWorker()
-    key = MODEL.digest + HASHER.hash(request([2]))
+    key = key_of([2])
     mesh.shared[key] = Entry(response([2]), 50)
     found = await find(RowCache(mesh, HASHER), [1, 2], worker)
     assert (worker.computed, found.outcome, found.rows) == ([[1]], "miss", "1/2")
@@ -228,7 +232,7 @@ async def test_with_all_rows_known_nothing_is_computed_and_the_whole_is_kept_for
     found = await find(cache, [3, 1], worker)
     assert (found.outcome, found.rows) == ("hit-local", "2/2")
     assert worker.computed == [[1, 2, 3]]
-    assert mesh.local.get(MODEL.digest + HASHER.hash(request([3, 1]))).value == response([3, 1])
+    assert mesh.local.get(key_of([3, 1])).value == response([3, 1])
 
 
 async def test_rows_in_flight_are_joined_and_outlive_the_caller_that_started_them():
@@ -300,7 +304,7 @@ async def test_a_fault_of_ours_ends_the_rows_that_it_met_and_is_told_as_one():
 
 def alone(mesh, value, worker):
     """A request of one row, as the mesh runs it."""
-    key = MODEL.digest + HASHER.hash(request([value]))
+    key = key_of([value])
 
     async def work():
         result, _ = await worker(request([value]).SerializeToString(), b"")
@@ -366,7 +370,7 @@ async def test_rows_of_two_models_are_never_joined():
 async def test_rows_are_looked_up_in_the_shared_tier_and_written_there_only_if_that_pays(decision):
     mesh, worker = FakeMesh(), FakeWorker()
     mesh.decision = decision
-    held = MODEL.digest + HASHER.hash(request([1]))
+    held = key_of([1])
     mesh.shared[held] = Entry(response([1]), 1)
     found = await find(RowCache(mesh, HASHER), [1, 2], worker)
     assert found.entry.value == response([1, 2])
@@ -381,3 +385,12 @@ async def test_rows_from_before_a_purge_are_not_found():
     mesh.purges.oldest_ms = 1 << 60
     await find(cache, [2, 1], worker)
     assert worker.computed == [[1, 2], [2, 1]]
+
+
+async def test_a_tenant_is_charged_for_the_answer_and_for_the_rows_that_were_not_held():
+    charged = []
+    limits = SimpleNamespace(cache=SimpleNamespace(keep=lambda *charge: charged.append(charge)))
+    mesh, worker = FakeMesh(), FakeWorker()
+    await find(RowCache(mesh, HASHER), [1, 2], worker)
+    await find(RowCache(mesh, HASHER, limits), [1, 3], worker)
+    assert charged == [("acme", key_of(values), len(response(values))) for values in ([1, 3], [3])]

@@ -20,7 +20,7 @@ from services.runtime.process.process import publish
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.server import StartError
 from services.runtime.rpc.service_tls import ServiceTls
-from services.runtime.rpc.tls import TlsFiles
+from services.runtime.rpc.tls import TlsError, TlsFiles
 from services.runtime.telemetry.metrics import Metrics
 from tests.certificates import Ca, replace
 from tests.ports import free_port
@@ -126,7 +126,7 @@ async def test_new_connections_have_the_files_that_are_there(serving, files, ca,
 @both
 async def test_a_server_with_unusable_files_does_not_start(serving, files):
     files.certificate.unlink()
-    with pytest.raises(StartError, match=r"cannot read .*server\.pem"):
+    with pytest.raises(TlsError, match=r"cannot read .*server\.pem"):
         async with serving(files):
             pass
 

@@ -14,7 +14,7 @@ from services.runtime.oip.protocol import caller_metadata, identify
 from services.runtime.rpc.access import LOOPBACK, PEER, Access
 from services.runtime.rpc.api_keys import ApiKeys
 from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE, header, names
-from services.runtime.rpc.server import Engine, Server, StartError
+from services.runtime.rpc.server import Engine, Server
 from services.runtime.rpc.tls import TlsError, TlsFiles
 from tests.certificates import Ca, replace
 from tests.unit.runtime.rpc.test_access import services
@@ -173,7 +173,7 @@ def test_the_key_must_be_that_of_the_certificate(files, ca, tmp_path):
 
 async def test_a_server_with_unusable_files_does_not_start(files, tmp_path):
     (tmp_path / "server.pem").unlink()
-    with pytest.raises(StartError, match=r"cannot read .*server\.pem"):
+    with pytest.raises(TlsError, match=r"cannot read .*server\.pem"):
         async with serving(files):
             pass
 

@@ -9,13 +9,7 @@ import pytest
 
 from services.runtime.telemetry.logs import LogFormat, to_stderr
 from services.runtime.telemetry.request_log import RequestLog
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+from tests.unit.clock import Clock
 
 
 def lines(monkeypatch, style, act, level="INFO"):
