@@ -374,6 +374,8 @@ def main():
     command.add_argument("--starts", type=int, default=3)
     command.set_defaults(run=hits)
     arguments = parser.parse_args()
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     installation.choose()
     arguments.run(arguments)
 
