@@ -51,8 +51,8 @@ class Spooled:
 
 
 class LedgerSpool:
-    """The batches in `folder`, of at most `max_bytes`: beyond, the oldest are given up and counted, and where that
-    frees nothing, the newest.
+    """The batches in `folder`, of at most `max_bytes` and one more: beyond, the oldest are given up and counted, and
+    where that frees nothing, the newest.
 
     `clock_ns` as time.time_ns. Not safe for use by several threads at a time.
     """
@@ -120,6 +120,8 @@ class LedgerSpool:
             if self._lock is None:
                 self.open()
             if self.bytes > self._max_bytes:
+                self._give_up_oldest()
+            if self.bytes > self._max_bytes:
                 raise SpoolError("it is full")
             if any(self._unnumbered):
                 self._write(encode((), (), *self._unnumbered), 0, 0)
@@ -129,11 +131,6 @@ class LedgerSpool:
             log.error("usage of %d requests is lost: cannot write to %s: %s", requests, self._folder, error)
             self.dropped_requests += requests
             self._unnumbered = (self._unnumbered[0] + records, self._unnumbered[1] + requests)
-            return
-        try:
-            self._give_up_oldest()
-        except OSError as error:
-            log.error("cannot give up what is oldest in %s: %s", self._folder, error)
 
     def save_leases(self, leases: bytes) -> None:
         """Keeps `leases` for the next start, which may come while the ledger is down. Raises OSError."""
