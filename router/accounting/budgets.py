@@ -4,7 +4,7 @@ from __future__ import annotations  # compiled by mypyc
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from ringmesh.ledger.v1 import ledger_pb2
 
@@ -16,15 +16,21 @@ _FINE = 10**9
 
 
 class Limit:
-    """A budget: what this router has `spent` of it, how much of that the ledger has recorded (`delivered`), and up to
-    where it may spend (`until`), all in units of 1 / _FINE nano-units."""
+    """A budget: what this router has `spent` of it, up to where the ledger has recorded that (`delivered`) but for what
+    it never will (`lost`, in the period), and up to where it may spend (`until`), all in units of 1 / _FINE nano-units.
 
-    __slots__ = ("budget", "delivered", "renews_at_ms", "spent", "until")
+    `next_nano`: what it may spend of the next period until the ledger answers. `is_ahead`: that period has begun here,
+    and the ledger has not said so yet.
+    """
+
+    __slots__ = ("budget", "delivered", "is_ahead", "lost", "next_nano", "renews_at_ms", "spent", "until")
 
     def __init__(self, budget: ledger_pb2.Budget) -> None:
         self.budget = budget
-        self.spent = self.delivered = self.until = 0
+        self.spent = self.delivered = self.lost = self.until = 0
         self.renews_at_ms = 0
+        self.next_nano = 0
+        self.is_ahead = False
 
 
 class Budgets:
@@ -41,8 +47,10 @@ class Budgets:
     def check(self, tenant: str, model: str) -> None:
         """Raises ResourceExhaustedError if a budget of the tenant or the model is used up."""
         for limit in self._of(tenant, model):
-            # A lease of a period that has ended refuses nothing: the ledger may be down since.
-            if limit.spent >= limit.until and self._clock() * 1000 < limit.renews_at_ms:
+            now = self._clock()
+            if now * 1000 >= limit.renews_at_ms:
+                _begin_next(limit, now)
+            if limit.spent >= limit.until:
                 self.refused += 1
                 refusal = ResourceExhaustedError(_message(limit), kind="budget")
                 refusal.retry_after = None
@@ -68,7 +76,7 @@ class Budgets:
         spent = self.marks()
         for limit, at in spent:
             budget = limit.budget
-            unsent = -((limit.delivered - at) // _FINE)  # rounded up
+            unsent = -((limit.delivered - limit.lost - at) // _FINE)  # rounded up
             request.uses.add(tenant=budget.tenant, model=budget.model, period=budget.period, unsent_nano=max(0, unsent))
         return request, spent
 
@@ -78,9 +86,15 @@ class Budgets:
         limits: dict[tuple[str, str], list[Limit]] = {}
         for lease in answer.leases:
             limit, at = known.get(_key(lease.budget), (Limit(lease.budget), 0))
-            limit.budget = lease.budget
-            limit.renews_at_ms = lease.renews_at_ms
-            limit.until = at + lease.amount_nano * _FINE
+            # By the ledger's clock, the period that is over here may still last: its lease was spent in it.
+            if not (limit.is_ahead and lease.renews_at_ms < limit.renews_at_ms):
+                if lease.renews_at_ms > limit.renews_at_ms or limit.is_ahead:
+                    limit.lost = 0
+                limit.budget = lease.budget
+                limit.renews_at_ms = lease.renews_at_ms
+                limit.until = at + lease.amount_nano * _FINE
+                limit.next_nano = lease.next_nano
+                limit.is_ahead = False
             limits.setdefault((lease.budget.tenant, lease.budget.model), []).append(limit)
         self._rates = dict(answer.nano_per_second)
         self.limits = limits
@@ -94,6 +108,24 @@ class Budgets:
         """The ledger has recorded all that was spent when `marks` were made."""
         for limit, spent in marks:
             limit.delivered = spent
+
+    def lose(self, begin: list[tuple[Limit, int]], end: list[tuple[Limit, int]]) -> None:
+        """The ledger will never have records of what was spent between these marks. It counts in the period."""
+        before = {id(limit): spent for limit, spent in begin}
+        for limit, spent in end:
+            limit.lost += spent - before.get(id(limit), 0)
+
+
+def _begin_next(limit: Limit, now: float) -> None:
+    """The ledger may be down since before the period ended: of the next one, this router spends its part."""
+    limit.until = limit.spent + limit.next_nano * _FINE
+    limit.is_ahead = True
+    today = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    if limit.budget.period == ledger_pb2.PERIOD_MONTH:
+        renews = (today.replace(day=1) + timedelta(days=32)).replace(day=1)
+    else:
+        renews = today + timedelta(days=1)
+    limit.renews_at_ms = int(renews.timestamp()) * 1000
 
 
 def _key(budget: ledger_pb2.Budget) -> tuple[str, str, int]:

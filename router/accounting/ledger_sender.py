@@ -63,6 +63,11 @@ class LedgerSender:
         """Whether the ledger has acknowledged all that was submitted."""
         return not len(self._spool)
 
+    @property
+    def dropped_requests(self) -> int:
+        """Requests that the ledger will never account for."""
+        return self._spool.dropped_requests
+
     def start(self) -> None:
         """Ends with `close`."""
         self._task = BACKGROUND.start("usage to the ledger", self._run)
@@ -110,7 +115,7 @@ class LedgerSender:
         yield Sample(BYTES, (), self._spool.bytes)
         yield Sample(SENT, (), self.sent)
         yield Sample(FAILURES, (), self.failures)
-        yield Sample(DROPPED, (), self._spool.dropped_requests)
+        yield Sample(DROPPED, (), self.dropped_requests)
 
     async def _run(self) -> None:
         pause = _FIRST_PAUSE_SECONDS

@@ -22,6 +22,7 @@ from router.accounting.usage_batch import NOTHING, encode
 log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 16
+_BLOCK_BYTES = 4096
 _SUFFIX = ".batch"
 # Of an epoch (nanoseconds, which have 19 digits), a sequence or a count.
 _MOST_DIGITS = 19
@@ -35,7 +36,7 @@ class SpoolError(Exception):
 
 @dataclass(frozen=True, order=True, slots=True)
 class Spooled:
-    """A batch by its number. `size` is that of its file."""
+    """A batch by its number. `size` is what its file takes on disk."""
 
     epoch: int
     sequence: int
@@ -50,7 +51,8 @@ class Spooled:
 
 
 class LedgerSpool:
-    """The batches in `folder`, of at most `max_bytes`: beyond, the oldest are given up and counted.
+    """The batches in `folder`, of at most `max_bytes` and one more: beyond, the oldest are given up and counted, and
+    where that frees nothing, the newest.
 
     `clock_ns` as time.time_ns. Not safe for use by several threads at a time.
     """
@@ -117,6 +119,10 @@ class LedgerSpool:
         try:
             if self._lock is None:
                 self.open()
+            if self.bytes > self._max_bytes:
+                self._give_up_oldest()
+            if self.bytes > self._max_bytes:
+                raise SpoolError("it is full")
             if any(self._unnumbered):
                 self._write(encode(NOTHING, (), *self._unnumbered), 0, 0)
                 self._unnumbered = (0, 0)
@@ -125,8 +131,6 @@ class LedgerSpool:
             log.error("usage of %d requests is lost: cannot write to %s: %s", requests, self._folder, error)
             self.dropped_requests += requests
             self._unnumbered = (self._unnumbered[0] + records, self._unnumbered[1] + requests)
-            return
-        self._give_up_oldest()
 
     def save_leases(self, leases: bytes) -> None:
         """Keeps `leases` for the next start, which may come while the ledger is down. Raises OSError."""
@@ -154,25 +158,26 @@ class LedgerSpool:
         """Puts a batch in its place, under its number, that counts what was in it. `keep_as` renames what was there."""
         batch = encode(NOTHING, (), one.records, one.requests)
         path = self._folder / one.name
+        empty = Spooled(one.epoch, one.sequence, 0, 0, _on_disk(_DIGEST_BYTES + len(batch)))
         if keep_as and path.exists():
             path.rename(self._folder / f"{one.name}.{keep_as}")
-        self.dropped_requests += one.requests
-        empty = Spooled(one.epoch, one.sequence, 0, 0, _DIGEST_BYTES + len(batch))
         self._replace(empty.name, _digest(batch) + batch)
-        path.unlink(missing_ok=True)
+        if path.name != empty.name:
+            path.unlink(missing_ok=True)
+        self.dropped_requests += one.requests
         self._waiting[self._waiting.index(one)] = empty
         self.bytes += empty.size - one.size
         return batch, _digest(batch)
 
     def written(self, one: Spooled) -> None:
         """The ledger has it."""
-        waiting, self._waiting = self._waiting, []
-        for other in waiting:
+        # It is the first: after a long outage, there are many.
+        for place, other in enumerate(self._waiting):
             if (other.epoch, other.sequence) == (one.epoch, one.sequence):
                 (self._folder / other.name).unlink(missing_ok=True)
                 self.bytes -= other.size
-            else:
-                self._waiting.append(other)
+                del self._waiting[place]
+                return
 
     def begin_again(self) -> None:
         """Gives all that waits new numbers in a new epoch: those of its own are used, or not followed by the ledger."""
@@ -190,12 +195,12 @@ class LedgerSpool:
         index = 1
         while self.bytes > self._max_bytes and index < len(self._waiting):
             one = self._waiting[index]
-            if one.records and self._waiting[index - 1].epoch == one.epoch:
+            if one.size > _BLOCK_BYTES and self._waiting[index - 1].epoch == one.epoch:
                 self.give_up(one)
             index += 1
 
     def _write(self, batch: bytes, records: int, requests: int) -> None:
-        one = Spooled(self._epoch, self._next, records, requests, _DIGEST_BYTES + len(batch))
+        one = Spooled(self._epoch, self._next, records, requests, _on_disk(_DIGEST_BYTES + len(batch)))
         self._replace(one.name, _digest(batch) + batch)
         self._next += 1
         self._waiting.append(one)
@@ -228,8 +233,13 @@ class LedgerSpool:
             parts = path.name.removesuffix(_SUFFIX).split("-")
             if len(parts) == 4 and all(map(_is_number, parts)):
                 epoch, sequence, records, requests = map(int, parts)
-                found.append(Spooled(epoch, sequence, records, requests, path.stat().st_size))
+                found.append(Spooled(epoch, sequence, records, requests, _on_disk(path.stat().st_size)))
         return found
+
+
+def _on_disk(size: int) -> int:
+    """Bytes that a file of `size` takes: whole blocks."""
+    return max(-(-size // _BLOCK_BYTES), 1) * _BLOCK_BYTES
 
 
 def _text(file: Path) -> str:

@@ -40,6 +40,8 @@ _BATCH_RECORDS: Final = 2000
 _REQUESTS: Final = COLUMNS.index("requests")
 _CLOSE_SECONDS: Final = 2.0
 _LEASE_SECONDS: Final = 2.0
+# Of names in UTF-8. The ledger takes 256 characters; workers and models may have longer ones.
+_LONGEST_NAME_BYTES: Final = 256
 
 
 class Up(NamedTuple):
@@ -65,7 +67,7 @@ class Usage:
         self._meter = meter
         self._budgets = budgets
         self._sender = sender
-        self._region = region
+        self._region = _short(region)
         self._workers = workers
         self._clock = clock
         self._stopping = asyncio.Event()
@@ -75,7 +77,10 @@ class Usage:
         self._seen = 0
         self._uptime: dict[tuple[Up, int], int] = {}
         self._uptime_due = 0.0
+        # What was spent of budgets when the last two flushes began.
+        self._marks_before: list[tuple[Limit, int]] = []
         self._marks: list[tuple[Limit, int]] = []
+        self._dropped = 0
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
@@ -108,9 +113,13 @@ class Usage:
 
     async def flush(self) -> None:
         """Spools what was counted since the last call. Do not cancel it: what it took from the meter would be lost."""
+        marks = self._budgets.marks()
+        if self._sender.dropped_requests != self._dropped:
+            self._dropped = self._sender.dropped_requests
+            self._budgets.lose(self._marks_before, self._marks)
         if self._sender.is_idle:
             self._budgets.delivered(self._marks)
-        self._marks = self._budgets.marks()
+        self._marks_before, self._marks = self._marks, marks
         records, folds = self._meter.take()
         taken = self._meter.samples.take()
         await asyncio.sleep(_COUNTING_SECONDS)
@@ -150,7 +159,13 @@ class Usage:
     ) -> list[tuple[bytes, int, int]]:
         """Batches, each with the number of its records and of the requests that they stand for. On a thread."""
         times = [
-            ledger_pb2.WorkerTime(**up._asdict(), minute=minute, seconds=seconds)
+            ledger_pb2.WorkerTime(
+                worker_id=_short(up.worker_id),
+                worker_type=up.worker_type,
+                region=_short(up.region),
+                minute=minute,
+                seconds=seconds,
+            )
             for (up, minute), seconds in uptime.items()
         ]
         usage = [*self._folded(folds, now_ms), *records]
@@ -174,7 +189,7 @@ class Usage:
     def _sample(self, name: SampledKey, seen: Seen, below: int) -> ledger_pb2.KeySample:
         model, version, kind, cacheable, key = name
         return ledger_pb2.KeySample(
-            model=model,
+            model=_short(model),
             version=version,
             region=self._region,
             worker_type=kind,
@@ -199,7 +214,8 @@ class Usage:
 
     def _dimension(self, labels: LabelValues, worker_type: str) -> Dimension:
         _, model, version, tenant, code, outcome = labels
-        return Dimension(tenant, model, version, self._region, worker_type, "" if outcome == "error" else outcome, code)
+        shown = "" if outcome == "error" else outcome
+        return Dimension(tenant, _short(model), version, self._region, worker_type, shown, code)
 
     async def _keep_renewing(self) -> None:
         await self._opened.wait()
@@ -211,3 +227,11 @@ class Usage:
             if answer is not None:
                 self._budgets.renewed(answer, spent)
             await asyncio.sleep(_LEASE_SECONDS if answer is None else answer.renew_ms / 1000)
+
+
+def _short(name: str) -> str:
+    """As the ledger takes it: it would refuse all of a batch for one name."""
+    encoded = name.encode()
+    if len(encoded) <= _LONGEST_NAME_BYTES:
+        return name
+    return encoded[:_LONGEST_NAME_BYTES].decode(errors="ignore")

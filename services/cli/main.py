@@ -467,6 +467,11 @@ def cost(
 
     if bill + forecast + (export is not None) > 1:
         raise CommandError("choose one of --bill, --forecast and --export")
+    filters = {"tenant": tenant, "model": model, "version": version, "region": region}
+    narrowed = [f"--{name}" for name, value in filters.items() if value is not None]
+    narrowed += [f"--{name}" for name, given in (("by", by), ("trace", trace_id), ("changes", changes)) if given]
+    if narrowed and (bill or forecast or export is not None):
+        raise CommandError(f"{narrowed[0]} is of reports: --bill, --forecast and --export are of everything")
     address = _address("ledger", ledger, state)
     console = _console()
     if export is not None:
@@ -480,7 +485,6 @@ def cost(
         print(show.as_json(paid)) if is_json else show.show_bill(console, paid)
     else:
         groups = by or ([] if trace_id else [By.TENANT])
-        filters = {"tenant": tenant, "model": model, "version": version, "region": region}
         answer = show.report(
             address, groups, since, until, filters, trace_id, limit=limit, changes=changes, allow_unpriced=unpriced
         )

@@ -5,7 +5,9 @@ import heapq
 import io
 import json
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
+from random import Random
 
 import grpc
 import pyarrow.parquet
@@ -450,18 +452,6 @@ def metrics(ledger):
     return dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
 
 
-def test_an_export_that_nobody_reads_holds_up_no_batch(ledger, sender, tenant):
-    begin = now_ms() - 6 * DAY_MS
-    for _ in range(4):
-        sender.append([miss(tenant, begin, trace_id=bytes(range(16)))] * 50_000)
-    request = ledger_pb2.ExportRequest(from_ms=begin, until_ms=begin + 1, format=ledger_pb2.ExportRequest.FORMAT_CSV)
-    export = ledger.stub.Export(request)
-    assert next(export).part
-    # A day without a partition yet.
-    assert sender.append([miss(tenant, now_ms() - 33 * DAY_MS)]).result == WRITTEN
-    export.cancel()
-
-
 def advise(ledger, kind, hour, **question):
     request = ledger_pb2.AdviseRequest(worker_type=kind, from_ms=hour, until_ms=hour + HOUR_MS, **question)
     return ledger.stub.Advise(request)
@@ -641,3 +631,105 @@ def test_the_command_line_shows_advice(ledger, sender, tenant, kind, hour):
     told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=120).stdout)
     assert told["recommendations"][0]["kind"] == ledger_pb2.Recommendation.KIND_WORKERS
     assert told["hours"][0]["requests"] == 1
+
+
+def test_exports_that_nobody_reads_hold_up_neither_batches_nor_reports(ledger, sender, tenant):
+    begin = now_ms() - 7 * DAY_MS
+    for _ in range(4):
+        sender.append([miss(tenant, begin, trace_id=bytes(range(16)))] * 50_000)
+    request = ledger_pb2.ExportRequest(from_ms=begin, until_ms=begin + 1, format=ledger_pb2.ExportRequest.FORMAT_CSV)
+    exports = [ledger.stub.Export(request) for _ in range(8)]
+    codes = []
+    for export in exports:
+        try:
+            assert next(export).part
+        except grpc.RpcError as error:
+            codes.append(error.code().name)
+    # One of a day without a partition yet.
+    assert sender.append([miss(tenant), miss(tenant, now_ms() - 33 * DAY_MS)]).result == WRITTEN
+    assert total(ledger, tenant).requests == 1
+    assert codes == ["RESOURCE_EXHAUSTED"] * 5
+    for export in exports:
+        export.cancel()
+
+    def is_exported():
+        with suppress(grpc.RpcError):
+            return b"".join(answer.part for answer in ledger.stub.Export(request, timeout=60))
+
+    eventually(is_exported, 60)
+
+
+@pytest.mark.proof
+def test_ledgers_that_share_a_cache_answer_from_their_own_database(cache, tenant):
+    begin = now_ms() - 2 * DAY_MS
+    question = {"tenant": tenant, "from_ms": begin - DAY_MS, "until_ms": begin + HOUR_MS}
+    for requests in (1, 2):
+        one = Ledger(cache_address=cache.address)
+        Sender(one).append([hits(tenant, requests, begin)])
+        answers = [one.report("tenant", **question)]
+        eventually(
+            lambda one=one, answers=answers: answers.append(one.report("tenant", **question)) or answers[-1].cached
+        )
+        assert [answer.total.requests for answer in (answers[0], answers[-1])] == [requests] * 2
+        one.stop()
+
+
+def test_a_batch_whose_names_no_index_takes_holds_up_no_other(ledger, sender, tenant):
+    random = Random(7)
+    names = ["".join(chr(random.randrange(0x10000, 0x2FFFF)) for _ in range(256)) for _ in range(4)]
+    long = miss(tenant, model=names[0], region=names[1], worker_type=names[2])
+    long = long._replace(dimension=long.dimension._replace(version=names[3]))
+    with pytest.raises(grpc.RpcError) as refused:
+        Sender(ledger).append([long])
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "the batch cannot be written" in refused.value.details()
+    assert sender.append([miss(tenant)]).result == WRITTEN
+
+
+def test_the_last_days_are_shown_where_there_are_more(ledger, sender, tenant):
+    sender.append([miss(tenant, now_ms() - days * DAY_MS) for days in range(30)])
+    answer = ledger.report("day", tenant=tenant, from_ms=now_ms() - 29 * DAY_MS, limit=20)
+    days = [f"{datetime.fromtimestamp(now_ms() / 1000 - days * 86400, UTC):%Y-%m-%d}" for days in range(20)]
+    assert [row.day for row in answer.rows] == days[::-1]
+    assert (answer.row_count, answer.total.requests) == (30, 30)
+
+
+def test_bills_and_lists_of_requests_are_cached_until_their_day_changes(ledger, sender, tenant, kind):
+    hour = now_ms() // HOUR_MS * HOUR_MS - 5 * DAY_MS
+    Sender(ledger).append([miss(tenant, hour + 7, compute_us=1_000_000, worker_type=kind)])
+    range_ = {"from_ms": hour, "until_ms": hour + HOUR_MS}
+
+    def bill():
+        return ledger.stub.Bill(ledger_pb2.BillRequest(**range_, allow_unpriced=True))
+
+    def requests():
+        return ledger.report("request", tenant=tenant, **range_)
+
+    for ask in (bill, requests):
+        first = ask()
+        answers = [first]
+        eventually(lambda ask=ask, answers=answers: answers.append(ask()) or answers[-1].cached)
+        assert answers[-1].rows == first.rows
+    sender.append([miss(tenant, hour + 9, compute_us=2_000_000, worker_type=kind)])
+    assert len(requests().rows) == 2
+    assert next(row.used_us for row in bill().rows if row.worker_type == kind) == 3_000_000
+    # Of a day whose seconds are kept, workers that were up make another bill.
+    range_ = {"from_ms": hour + 4 * DAY_MS, "until_ms": hour + 4 * DAY_MS + HOUR_MS}
+    assert not [row for row in bill().rows if row.worker_type == kind]
+    sender.append([], worker_times=[worker_time("w", range_["from_ms"] // 60_000, worker_type=kind)])
+    assert next(row.paid_us for row in bill().rows if row.worker_type == kind) == 60_000_000
+
+
+def test_what_was_computed_in_another_region_is_billed_once(ledger, sender, tenant, kind, hour):
+    sender.append(
+        [miss(tenant, hour + 5, compute_us=10_000_000, worker_type=kind, region="eu")],
+        worker_times=[worker_time("w", hour // 60_000, worker_type=kind, region="us")],
+    )
+    answer = ledger.stub.Bill(ledger_pb2.BillRequest(from_ms=hour, until_ms=hour + HOUR_MS, allow_unpriced=True))
+    rows = {row.region: row for row in answer.rows if row.worker_type == kind}
+    assert {region: (row.paid_us, row.used_us, row.idle_us) for region, row in rows.items()} == {
+        "eu": (0, 10_000_000, 0),
+        "us": (60_000_000, 0, 50_000_000),
+    }
+    assert abs(sum(row.bill_nano for row in rows.values()) - 10**9 // 60) <= 1
+    assert not [warning for warning in answer.warnings if kind in warning]

@@ -1,17 +1,21 @@
 """Budgets: what is spent beyond one is bounded by the leases of routers that nobody hears from."""
 
+import asyncio
 import json
 import random
 import subprocess
 import time
+from pathlib import Path
 
+import asyncpg
 import grpc
 import pytest
 from ringmesh.ledger.v1 import ledger_pb2
 
+from services.ledger.storage.database import WRITER_LOCK
 from tests.system import processes
 from tests.system.conftest import RINGMESH, eventually
-from tests.system.ledgers import DAY_MS, Ledger, Sender, miss, now_ms, unique
+from tests.system.ledgers import DAY_MS, HOUR_MS, Ledger, Sender, miss, now_ms, unique
 
 # 3600 an hour: a microsecond costs 1000 nano-units.
 HOURLY = 3_600_000_000_000
@@ -221,3 +225,56 @@ def test_the_command_line_sets_and_lists_budgets(ledger, tenant):
     (found,) = [one for one in told["budgets"] if one["budget"]["tenant"] == tenant]
     assert (found["budget"]["period"], found["budget"]["hard_nano"]) == ("month", 12_500_000_000)
     assert tenant in subprocess.run([*command, *where], capture_output=True, check=True, timeout=120, text=True).stdout
+
+
+def lease_of(ledger, router_id, epoch, tenant):
+    """The lease of the tenant's budget."""
+    answer = ledger.stub.Lease(ledger_pb2.LeaseRequest(router_id=router_id, start_epoch=epoch), timeout=60)
+    return next(lease for lease in answer.leases if lease.budget.tenant == tenant)
+
+
+def test_two_routers_of_one_id_hold_leases_of_their_own(ledger, tenant):
+    set_budget(ledger, tenant=tenant, hard_nano=8_000_000)
+    router_id = unique("router")
+    assert lease_of(ledger, router_id, 5, tenant).amount_nano == 4_000_000
+    # A life that begins takes the place of the one before; which, if it still runs, asks again.
+    assert lease_of(ledger, router_id, 6, tenant).amount_nano == 4_000_000
+    amounts = [lease_of(ledger, router_id, epoch, tenant).amount_nano for epoch in (5, 6, 5, 6)]
+    assert amounts[:2] == [2_000_000, 3_000_000]
+    assert sum(amounts[-2:]) <= 8_000_000
+    assert state(ledger, tenant=tenant).leased_nano == sum(amounts[-2:])
+
+
+def test_routers_share_the_next_period(ledger, tenant):
+    set_budget(ledger, tenant=tenant, hard_nano=10**12)
+    routers = [unique("router") for _ in range(3)]
+    for router in routers:
+        lease_of(ledger, router, 1, tenant)
+    parts = [lease_of(ledger, router, 1, tenant).next_nano for router in routers]
+    # Those of routers of other tests may not have expired yet.
+    assert min(parts) > 0
+    assert sum(parts) <= 10**12
+
+
+def test_what_a_router_whose_clock_is_ahead_recorded_is_spent(ledger, tenant):
+    set_budget(ledger, tenant=tenant, hard_nano=8_000_000)
+    renews_at_ms = state(ledger, tenant=tenant).renews_at_ms
+    at_ms = min(now_ms() + 2 * HOUR_MS, renews_at_ms - 1)
+    Sender(ledger).append([miss(tenant, at_ms, compute_us=3000)])
+    assert state(ledger, tenant=tenant).spent_nano == 3_000_000
+    assert lease_of(ledger, unique("router"), 1, tenant).amount_nano == 2_500_000
+
+
+def test_leases_wait_for_no_batch_that_is_written(ledger, tenant):
+    set_budget(ledger, tenant=tenant, hard_nano=8_000_000)
+
+    async def ask_while_somebody_writes():
+        folder = Path(ledger.settings["state_dir"]) / "postgres"
+        holder = await asyncpg.connect(host=str(folder), user="ringmesh", database="postgres")
+        async with holder.transaction():
+            await holder.execute(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+            found = await asyncio.to_thread(lease_of, ledger, unique("router"), 1, tenant)
+        await holder.close()
+        return found
+
+    assert asyncio.run(ask_while_somebody_writes()).amount_nano == 4_000_000

@@ -129,6 +129,8 @@ def assert_counted(ledger, loads, tenant):
     # A batch that was under way when the load stopped may have been counted, and its router would send it again.
     found = ledger.report(tenant=tenant, from_ms=now_ms() - HOUR_MS).total
     assert (found.requests, found.compute_us) == expected
+    # At 0.00001 a second, 100 us are a nano-unit.
+    assert found.cost_nano == (expected[1] + 50) // 100
     asyncio.run(assert_grains_agree(ledger))
 
 
@@ -421,6 +423,22 @@ def test_any_partition_that_was_dropped_by_hand_is_made_again(start_ledger, tabl
     assert ledger.report("day", tenant=tenant, from_ms=now_ms() // DAY_MS * DAY_MS - DAY_MS).total.requests == 2
     if table != "usage":
         asyncio.run(assert_grains_agree(ledger))
+
+
+@pytest.mark.parametrize("table", ["rollup_hour", "rollup_day", "margin_hour", "margin_day"])
+def test_sums_of_a_month_that_were_dropped_by_hand_are_rebuilt(start_ledger, table):
+    ledger, tenant = start_ledger(), unique("tenant")
+    Sender(ledger).append([miss(tenant)])
+
+    async def drop():
+        connection = await connect(ledger)
+        await connection.execute(f"DROP TABLE {table}_{datetime.now(UTC):%Y%m}")
+        await connection.close()
+
+    asyncio.run(drop())
+    ledger.stub.Rebuild(ledger_pb2.RebuildRequest(day=f"{datetime.now(UTC):%Y-%m-%d}"))
+    assert ledger.report("day", tenant=tenant).total.requests == 1
+    asyncio.run(assert_grains_agree(ledger))
 
 
 def test_a_rebuild_without_a_partition_that_was_dropped_by_hand_is_refused(start_ledger):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.cli.commands import tables
@@ -39,7 +40,7 @@ def show(console: Console, answer: ledger_pb2.AdviseResponse) -> None:
         for hour in answer.hours:
             table.add_row(
                 tables.utc(hour.begins_ms),
-                hour.worker_type,
+                escape(hour.worker_type),
                 f"{hour.requests:,}",
                 f"{hour.workers:.1f}",
                 f"{hour.measured_latency_us / 1000:,.1f}",
@@ -61,4 +62,4 @@ def show(console: Console, answer: ledger_pb2.AdviseResponse) -> None:
 
 
 def _print(console: Console, line: str, *, style: str = "") -> None:
-    console.print(line, soft_wrap=True, style=style)
+    console.print(line, soft_wrap=True, style=style, markup=False)

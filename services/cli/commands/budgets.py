@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from rich.markup import escape
 from rich.table import Table
 from ringmesh.ledger.v1 import ledger_pb2
 
@@ -34,8 +35,8 @@ def listing(found: ledger_pb2.ListBudgetsResponse) -> Table:
     for state in found.budgets:
         budget = state.budget
         table.add_row(
-            budget.tenant or "all",
-            budget.model or "all",
+            escape(budget.tenant or "all"),
+            escape(budget.model or "all"),
             _period(budget.period),
             money(budget.soft_nano) if budget.soft_nano else "",
             money(budget.hard_nano) if budget.hard_nano else "",

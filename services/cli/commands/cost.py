@@ -13,6 +13,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 from rich.console import Console
+from rich.markup import escape
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
 from services.cli.commands import running, tables
@@ -39,7 +40,10 @@ def moment(text: str | None, now: float) -> int:
         raise CommandError(
             f"{text!r} is neither an age, such as 90m, 24h or 7d, nor a time, such as 2026-11-29"
         ) from None
-    return int((at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp() * 1000)
+    milliseconds = int((at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp() * 1000)
+    if milliseconds < 0:
+        raise CommandError(f"{text!r} is before 1970-01-01")
+    return milliseconds
 
 
 def period(since: str | None, until: str | None) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequenc
         *(f"{'>' if is_number else ''}{name}" for name, is_number, _ in columns), widest=tables.WIDEST_NAME
     )
     for row in answer.rows:
-        table.add_row(*(value(row) for _, _, value in columns))
+        table.add_row(*(escape(value(row)) for _, _, value in columns))
     labels = sum(not is_number for _, is_number, _ in columns)
     total = [value(answer.total) for _, is_number, value in columns if is_number]
     table.add_row(*(["total", *[""] * (labels - 1)] if labels else []), *total, style="bold")
@@ -165,7 +169,7 @@ def show_bill(console: Console, answer: ledger_pb2.BillResponse) -> None:
     for row, worker_type, region, style in (*rows, (answer.total, "total", "", "bold")):
         times = (_seconds(us) for us in (row.paid_us, row.used_us, row.idle_us))
         costs = (money(nano) for nano in (row.requests_nano, row.idle_nano, row.bill_nano))
-        table.add_row(worker_type, region, *times, *costs, style=style)
+        table.add_row(escape(worker_type), escape(region), *times, *costs, style=style)
     console.print(f"{tables.utc(answer.from_ms)} UTC to {tables.utc(answer.until_ms)} UTC")
     console.print(table)
     warn(console, answer.warnings)
@@ -229,7 +233,7 @@ def _label(name: str, row: ledger_pb2.ReportRow) -> str:
 
 def warn(console: Console, warnings: Sequence[str]) -> None:
     for warning in warnings:
-        console.print(f"warning: {warning}", soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
 
 
 def money(nano: int) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
+from rich.markup import escape
 from rich.table import Table
 from ringmesh.ledger.v1 import ledger_pb2
 
@@ -21,7 +22,7 @@ def listing(address: str) -> Table:
     table = tables.create("worker type", "from", "until", ">an hour", ">currency", ">slots", ">watts", ">a kWh")
     for price in found.prices:
         table.add_row(
-            price.worker_type,
+            escape(price.worker_type),
             tables.utc(price.from_ms) if price.from_ms else "the beginning",
             tables.utc(price.until_ms) if price.until_ms else "",
             _decimal(price.hourly_nano),
@@ -77,7 +78,7 @@ def nano(amount: str) -> int:
         exact = Decimal(amount) * NANO
         if exact != exact.to_integral_value() or not -(2**63) < exact < 2**63:
             raise ValueError
-    except (InvalidOperation, ValueError):
+    except (ArithmeticError, ValueError):
         raise CommandError(f"{amount!r} is no amount with at most nine decimals, such as 0.38") from None
     return int(exact)
 

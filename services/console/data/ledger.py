@@ -16,6 +16,8 @@ from services.runtime.rpc.service_tls import ServiceTls, open_channel
 
 _SECONDS = 5.0
 _ROWS = 20
+# Of the longest span, which may begin in the middle of one.
+_DAYS = 31
 # Reports change with every second of traffic; nobody reads money that fast.
 _FRESH_SECONDS = 5.0
 
@@ -61,9 +63,11 @@ class LedgerReports:
         stub = ledger_pb2_grpc.LedgerServiceStub(self._channel)
         begin = int((now - seconds) * 1000)
 
-        async def report(group: ledger_pb2.Group.ValueType, *, changes: bool = False) -> ledger_pb2.ReportResponse:
+        async def report(
+            group: ledger_pb2.Group.ValueType, limit: int = _ROWS, *, changes: bool = False
+        ) -> ledger_pb2.ReportResponse:
             request = ledger_pb2.ReportRequest(
-                by=[group], from_ms=begin, limit=_ROWS, changes=changes, allow_unpriced=True
+                by=[group], from_ms=begin, limit=limit, changes=changes, allow_unpriced=True
             )
             answer: ledger_pb2.ReportResponse = await stub.Report(request, timeout=_SECONDS)
             return answer
@@ -71,7 +75,7 @@ class LedgerReports:
         reports = await asyncio.gather(
             report(ledger_pb2.GROUP_TENANT),
             report(ledger_pb2.GROUP_MODEL),
-            report(ledger_pb2.GROUP_DAY),
+            report(ledger_pb2.GROUP_DAY, _DAYS),
             report(ledger_pb2.GROUP_TENANT, changes=True),
         )
         bill = await stub.Bill(ledger_pb2.BillRequest(from_ms=begin, allow_unpriced=True), timeout=_SECONDS)

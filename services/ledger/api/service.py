@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from datetime import date
 from typing import Literal
 
@@ -122,11 +123,12 @@ class LedgerService:
         return await self._reports.usage(question, changes=request.changes)
 
     def _range_of_requests(self, request: ledger_pb2.ReportRequest) -> time_range.TimeRange:
-        """With a trace id and no start, all that is kept."""
+        """With a trace id and no start, all that is kept. Until now: in whole minutes, which are asked for again."""
         from_ms = request.from_ms
         if request.trace_id and not from_ms:
             from_ms = max(self._now_ms() - self._partitions.retention.usage * DAY_MS, 0)
-        return time_range.asked(from_ms, request.until_ms, self._now_ms())
+        grain_ms = 1 if request.until_ms else MINUTE_MS
+        return time_range.asked(from_ms, request.until_ms, self._now_ms(), grain_ms)
 
     async def _bill(self, request: ledger_pb2.BillRequest, _: Context) -> ledger_pb2.BillResponse:
         return await self._reports.bill(request.from_ms, request.until_ms, allow_unpriced=request.allow_unpriced)
@@ -140,8 +142,9 @@ class LedgerService:
             form = _FORMATS.get(request.format)
             if form is None:
                 raise InvalidArgumentError("format is CSV or PARQUET", field="format")
-            async for part in self._reports.export(request.from_ms, request.until_ms, form):
-                yield ledger_pb2.ExportResponse(part=part).SerializeToString()
+            async with aclosing(self._reports.export(request.from_ms, request.until_ms, form)) as parts:
+                async for part in parts:
+                    yield ledger_pb2.ExportResponse(part=part).SerializeToString()
         except Exception as error:
             await abort(context, faults.reported(log, "an export failed", error))
 
@@ -196,7 +199,7 @@ class LedgerService:
             if use.unsent_nano < 0:
                 raise InvalidArgumentError(f"unsent_nano is {use.unsent_nano}; it is 0 or more", field="uses")
             unsent[_budget_key(use)] = use.unsent_nano
-        return await self._budgets.lease(request.router_id, unsent)
+        return await self._budgets.lease(request.router_id, request.start_epoch, unsent)
 
     async def _rebuild(self, request: ledger_pb2.RebuildRequest, _: Context) -> ledger_pb2.RebuildResponse:
         try:

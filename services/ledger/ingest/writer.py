@@ -210,7 +210,9 @@ class Writer:
                 tables = [_Table(batch, producer, numbers) for batch, producer in accepted if batch.records]
                 if tables:
                     days = await self._write_records(connection, tables, now_ms)
-                await self._write_observed(connection, [batch for batch, _ in accepted], numbers, now_ms)
+                observed = await self._write_observed(connection, [batch for batch, _ in accepted], numbers, now_ms)
+                if changed := days | observed:
+                    await rollups.touch(connection, changed)
                 await producers.advance(connection, marks.values())
         self._partitions.made(days)
         return verdicts
@@ -243,13 +245,12 @@ class Writer:
         every = {name: np.tile(measure, len(of_margins)) for name, measure in measures.items()}
         deltas = Deltas("margin", np.tile(at_ms, len(of_margins)), of_margins.ravel(), every)
         await deltas.apply(connection, minutes_from_ms)
-        await rollups.touch(connection, sorted(days))
         return days
 
     async def _write_observed(
         self, connection: Connection, batches: list[UsageBatch], numbers: _Numbers, now_ms: int
-    ) -> None:
-        """Which workers were up, and samples of keys, of the days whose minutes are kept."""
+    ) -> set[date]:
+        """Which workers were up, and samples of keys, of the days whose minutes are kept. Days whose bill changes."""
         first_ms = midnight_ms(self._partitions.retention.first_minute_day(day_of(now_ms)))
         end_ms = (now_ms // DAY_MS + DAYS_AHEAD + 1) * DAY_MS
         # Seconds of a time whose seconds are not kept cannot be told from those that were counted.
@@ -259,6 +260,7 @@ class Writer:
         await self._partitions.ensure(connection, {day_of(at_ms) for at_ms in times})
         await uptime.add(connection, minutes, numbers.workers)
         await key_samples.add(connection, samples, numbers.series)
+        return {day_of(one.at_ms) for one in minutes}
 
 
 @dataclass(frozen=True, slots=True)

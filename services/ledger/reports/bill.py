@@ -1,7 +1,8 @@
 """What the workers cost: used by requests, and idle. Both add up to the bill exactly.
 
 A worker is paid for while it is up, for as many runs at once as its price says. Where more was computed than
-workers were seen to be up for, the bill is what was computed: nobody computes for nothing.
+workers were seen to be up for, the bill is what was computed: nobody computes for nothing. Requests count in the region
+of their router, and may be computed in another: what one region computed beyond its workers, others were not idle for.
 """
 
 from __future__ import annotations
@@ -56,23 +57,30 @@ async def bill(
     up = await _up_us(connection, boundaries)
     pools: dict[tuple[str, str], _Pool] = {}
     warnings = []
-    for segment, region, worker_type in sorted(used.keys() | up.keys()):
+    more: dict[str, int] = {}
+    for segment, worker_type in sorted({(segment, kind) for segment, _, kind in used.keys() | up.keys()}):
         price = rating.price(worker_type, segment)
-        paid = up.get((segment, region, worker_type), 0) * (price.slots if price is not None else 1)
-        busy = used.get((segment, region, worker_type), 0)
-        pool = pools.setdefault((region, worker_type), _Pool())
-        idle = max(paid - busy, 0)
-        pool.paid_us += paid
-        pool.used_us += busy
-        pool.idle_us += idle
-        pool.requests += rating.rated(worker_type, segment, busy)
-        pool.idle += rating.rated(worker_type, segment, idle)
-    for (region, worker_type), pool in pools.items():
-        if pool.used_us > pool.paid_us:
-            where = f" in {region}" if region else ""
+        slots = price.slots if price is not None else 1
+        regions = sorted(
+            {region for at, region, kind in used.keys() | up.keys() if (at, kind) == (segment, worker_type)}
+        )
+        paid = [up.get((segment, region, worker_type), 0) * slots for region in regions]
+        busy = [used.get((segment, region, worker_type), 0) for region in regions]
+        free = [max(had - us, 0) for had, us in zip(paid, busy, strict=True)]
+        left = sum(paid) - sum(busy)
+        more[worker_type] = more.get(worker_type, 0) - left
+        for region, had, us, idle in zip(regions, paid, busy, apportioned(free, max(left, 0)), strict=True):
+            pool = pools.setdefault((region, worker_type), _Pool())
+            pool.paid_us += had
+            pool.used_us += us
+            pool.idle_us += idle
+            pool.requests += rating.rated(worker_type, segment, us)
+            pool.idle += rating.rated(worker_type, segment, idle)
+    for worker_type, us in more.items():
+        if us > 0:
             warnings.append(
-                f"workers of type {worker_type!r}{where} computed {(pool.used_us - pool.paid_us) / 1e6:.1f} s more "
-                "than they were seen to be up: their price has too few slots, or routers were down"
+                f"workers of type {worker_type!r} computed {us / 1e6:.1f} s more than they were seen to be up: their "
+                "price has too few slots, or routers were down"
             )
     warnings += rating.warnings(allow_unpriced=allow_unpriced)
     return _response(pools, rating, book.currency, range_, warnings)

@@ -21,7 +21,7 @@ from services.ledger.reports.rating import Rating
 from services.ledger.storage import budget_table
 from services.ledger.storage.budget_table import Budget, BudgetKey
 from services.ledger.storage.database import Connection, Database
-from services.ledger.storage.times import MINUTE_MS, milliseconds, next_month
+from services.ledger.storage.times import milliseconds, next_month
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 
 _RENEW_MS = 2_000
@@ -81,27 +81,39 @@ class BudgetList:
             )
         return ledger_pb2.ListBudgetsResponse(budgets=states, warnings=warnings)
 
-    async def lease(self, router_id: str, unsent: Mapping[BudgetKey, int]) -> ledger_pb2.LeaseResponse:
-        """A router's share of each hard budget, and what a second of each worker type costs now."""
+    async def lease(
+        self, router_id: str, start_epoch: int, unsent: Mapping[BudgetKey, int]
+    ) -> ledger_pb2.LeaseResponse:
+        """A router's share of each hard budget, and what a second of each worker type costs now.
+
+        What a batch adds meanwhile is in what its router said to be unsent, or counts twice until that asks again.
+        """
         now = self._now()
-        async with self._database.writing() as connection:
+        holder = budget_table.holder(router_id, start_epoch)
+        async with self._database.leasing() as connection:
             budgets = {
                 number: one for number, one in (await budget_table.all_budgets(connection)).items() if one.hard_nano
             }
             spent, _ = await self._spent(connection, budgets.values(), now)
             await budget_table.drop_expired(connection, budgets, now)
-            others = await budget_table.leased(connection, now, but=router_id)
+            await budget_table.begin_life(connection, router_id, start_epoch)
+            others = await budget_table.leased(connection, now, but=holder)
+            routers = len(await budget_table.holders(connection, now) | {holder})
             leases, written = [], []
             for number, budget in budgets.items():
                 own = unsent.get(budget.key, 0)
                 left = budget.hard_nano - spent[budget.key] - others.get(number, 0) - own
                 amount = share(left, budget.hard_nano)
-                renews_at_ms = milliseconds(bounds(budget.key.period, now)[1])
                 leases.append(
-                    ledger_pb2.BudgetLease(budget=self._message(budget), amount_nano=amount, renews_at_ms=renews_at_ms)
+                    ledger_pb2.BudgetLease(
+                        budget=self._message(budget),
+                        amount_nano=amount,
+                        renews_at_ms=milliseconds(bounds(budget.key.period, now)[1]),
+                        next_nano=budget.hard_nano // routers,
+                    )
                 )
                 written.append((number, amount, own))
-            await budget_table.lease(connection, router_id, written, now + timedelta(seconds=_LEASE_SECONDS))
+            await budget_table.lease(connection, holder, written, now + timedelta(seconds=_LEASE_SECONDS))
             book = await self._prices.book(connection)
         rates = _rates(book, milliseconds(now))
         return ledger_pb2.LeaseResponse(leases=leases, nano_per_second=rates, renew_ms=_RENEW_MS)
@@ -119,7 +131,7 @@ class BudgetList:
     async def _spent(
         self, connection: Connection, budgets: Iterable[Budget], now: datetime
     ) -> tuple[dict[BudgetKey, int], list[str]]:
-        """Nano-units of the period so far, by budget."""
+        """Nano-units of the period, by budget; what routers whose clocks are ahead recorded, too."""
         keys = [budget.key for budget in budgets]
         book = await self._prices.book(connection)
         spent = dict.fromkeys(keys, 0)
@@ -129,12 +141,11 @@ class BudgetList:
                 wanted = [key for key in keys if key.period == period and _names(key) == names]
                 if not wanted:
                     continue
-                begin, _ = bounds(period, now)
-                until_ms = (milliseconds(now) // MINUTE_MS + 1) * MINUTE_MS
-                boundaries = book.boundaries(milliseconds(begin), until_ms)
+                boundaries = book.boundaries(*map(milliseconds, bounds(period, now)))
                 rating = Rating(book, boundaries)
+                filters = {name: sorted({getattr(key, name) for key in wanted}) for name in names}
                 costs: dict[tuple[str, ...], int] = {}
-                for sums in await usage_query.fetch(connection, boundaries, names, {}):
+                for sums in await usage_query.fetch(connection, boundaries, names, filters):
                     costs[sums.group] = costs.get(sums.group, 0) + rating.amounts(sums).cost
                 warnings += rating.warnings(allow_unpriced=True)
                 for key in wanted:

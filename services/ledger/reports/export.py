@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from enum import Enum
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ class Format(Enum):
     PARQUET = "parquet"
 
 
-async def export(database: Database, range_: TimeRange, form: Format) -> AsyncIterator[bytes]:
+async def export(database: Database, range_: TimeRange, form: Format) -> AsyncGenerator[bytes, None]:
     """The parts of the file, in order of time. Cancelled: the query ends."""
     # Two groups at most wait for who reads them.
     groups: asyncio.Queue[Rows | None] = asyncio.Queue(2)

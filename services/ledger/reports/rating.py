@@ -25,9 +25,6 @@ class Amounts(NamedTuple):
     saved: int = 0
     error: int = 0
 
-    def plus(self, other: Amounts) -> Amounts:
-        return Amounts(self.cost + other.cost, self.saved + other.saved, self.error + other.error)
-
 
 class Rating:
     """Rates what was used in the segments between `boundaries`, and remembers where a price was missing."""
@@ -47,6 +44,23 @@ class Rating:
             return Amounts(cost)
         rate = self._rate(sums.worker_type, segment)
         return Amounts(cost + compute * rate, saved * rate, error * rate)
+
+    def columns(
+        self, segments: Sequence[int], worker_types: Sequence[str], measures: Sequence[Sequence[int]]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """The numerators of `amounts`, as columns, of rows whose sums are columns."""
+        compute, saved, error, router = (measures[place] for place in (_COMPUTE, _SAVED, _ERROR, _ROUTER_TIME))
+        rates = [
+            self._rate(worker_type, segment) if us or saved_us else 0
+            for worker_type, segment, us, saved_us in zip(worker_types, segments, compute, saved, strict=True)
+        ]
+        of_routers = [self._rate(ROUTER, segment) if us else 0 for segment, us in zip(segments, router, strict=True)]
+        costs = zip(compute, rates, router, of_routers, strict=True)
+        return (
+            [us * rate + router_us * router_rate for us, rate, router_us, router_rate in costs],
+            [us * rate for us, rate in zip(saved, rates, strict=True)],
+            [us * rate for us, rate in zip(error, rates, strict=True)],
+        )
 
     def rated(self, worker_type: str, segment: int, compute_us: int) -> int:
         """Of time that a worker type computed."""

@@ -33,6 +33,8 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
     begin = datetime.combine(day, datetime.min.time(), UTC)
     bounds = (begin, begin + timedelta(days=1))
     keeps_minutes = day >= partitions.retention.first_minute_day(now.date())
+    # One that somebody dropped by hand is believed to be there until a batch needs it.
+    partitions.forget()
     async with database.writing() as connection:
         await partitions.ensure(connection, [day])
         records, requests = await connection.fetchrow(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeVar
 
 import grpc
 from blake3 import blake3
@@ -16,9 +17,9 @@ from google.protobuf.message import DecodeError
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from ringmesh.ledger.v1 import ledger_pb2
 
+from services.ledger.reports.prices import PriceBook
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
-from services.ledger.storage.price_table import Price
 from services.ledger.storage.times import DAY_MS, day_of
 from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
@@ -31,6 +32,8 @@ _GET_SECONDS = 0.1
 _PUT_SECONDS = 5.0
 _SKIP_SECONDS = 1.0
 _TTL_MS = DAY_MS
+
+Report = TypeVar("Report", ledger_pb2.ReportResponse, ledger_pb2.BillResponse)
 
 
 class ReportCache:
@@ -47,7 +50,7 @@ class ReportCache:
         if self._channel is not None:
             await self._channel.close()
 
-    async def get(self, key: bytes) -> ledger_pb2.ReportResponse | None:
+    async def get(self, key: bytes, kind: type[Report]) -> Report | None:
         """None where it is not there, or the cache does not answer."""
         if self._stub is None or time.monotonic() < self._skip_until:
             return None
@@ -61,7 +64,7 @@ class ReportCache:
             self.misses += 1
             return None
         try:
-            found = ledger_pb2.ReportResponse.FromString(answer.entry.value)
+            found = kind.FromString(answer.entry.value)
         except DecodeError:
             self.failures += 1
             return None
@@ -69,7 +72,7 @@ class ReportCache:
         found.cached = True
         return found
 
-    def put(self, key: bytes, answer: ledger_pb2.ReportResponse, compute_us: int) -> None:
+    def put(self, key: bytes, answer: ledger_pb2.ReportResponse | ledger_pb2.BillResponse, compute_us: int) -> None:
         """In the background. One that fails says nothing of look-ups: the cache may refuse what is too large."""
         if self._stub is None or time.monotonic() < self._skip_until:
             return
@@ -96,6 +99,6 @@ async def versions(connection: Connection, ranges: Sequence[TimeRange]) -> bytes
     return repr([(row[0].toordinal(), row[1]) for row in rows]).encode()
 
 
-def key(question: object, prices: Sequence[Price], version: bytes) -> bytes:
+def key(question: object, book: PriceBook, version: bytes) -> bytes:
     """32 bytes; `question` says all of itself in its repr."""
-    return blake3(repr((question, prices)).encode() + version).digest()
+    return blake3(repr((question, book.currency, book.prices)).encode() + version).digest()

@@ -31,9 +31,12 @@ _DETAILS = (
     *("outcome", "status", "worker_type"),
     *("cache_us", "queue_us", "run_us", "batch_requests", "batch_rows", "rows"),
 )
+# Names are looked up of what is shown alone.
+_ORDER = "ORDER BY u.compute_us DESC, u.at"
 _SELECT = (
     f"SELECT at, trace_id, {', '.join((*_COPIED, *_DETAILS))} "
-    "FROM usage u JOIN series s ON s.id = u.series JOIN kind k ON k.id = u.kind "
+    "FROM (SELECT * FROM usage u WHERE {wanted} {order} LIMIT {limit}) u "
+    "JOIN series s ON s.id = u.series JOIN kind k ON k.id = u.kind {order}"
 )
 
 
@@ -56,10 +59,12 @@ def statement(range_: TimeRange, trace_id: str, filters: Mapping[str, str], limi
         raise InvalidArgumentError(
             "single requests are listed for at most an hour; name a trace id, or ask for a shorter range", field="by"
         )
-    for name, value in filters.items():
-        arguments.append(value)
-        wanted.append(f"s.{name} = ${len(arguments)}")
-    return f"{_SELECT}WHERE {' AND '.join(wanted)} ORDER BY u.compute_us DESC, u.at LIMIT {limit}", arguments
+    if filters:
+        first = len(arguments) + 1
+        arguments += filters.values()
+        of_series = " AND ".join(f"{name} = ${number}" for number, name in enumerate(filters, first))
+        wanted.append(f"u.series IN (SELECT id FROM series WHERE {of_series})")
+    return _SELECT.format(wanted=" AND ".join(wanted), order=_ORDER, limit=limit), arguments
 
 
 async def request_report(

@@ -50,7 +50,7 @@ async def delete(connection: Connection, key: BudgetKey) -> bool:
 
 
 async def leased(connection: Connection, now: datetime, but: str = "") -> dict[int, int]:
-    """What routers hold of each budget, spent without being recorded or not spent yet; all of them but `but`."""
+    """What is held of each budget, spent without being recorded or not spent yet; by all holders but `but`."""
     rows = await connection.fetch(
         "SELECT budget, sum(amount_nano + unsent_nano)::bigint FROM budget_lease "
         "WHERE expires_at > $1 AND router_id <> $2 GROUP BY budget",
@@ -60,14 +60,39 @@ async def leased(connection: Connection, now: datetime, but: str = "") -> dict[i
     return {row[0]: row[1] for row in rows}
 
 
+async def holders(connection: Connection, now: datetime) -> set[str]:
+    """Of leases: lives of routers."""
+    rows = await connection.fetch("SELECT DISTINCT router_id FROM budget_lease WHERE expires_at > $1", now)
+    return {row[0] for row in rows}
+
+
+def holder(router_id: str, start_epoch: int) -> str:
+    """A life of a router, as the column `router_id` has it."""
+    return f"{start_epoch} {router_id}"
+
+
+async def begin_life(connection: Connection, router_id: str, start_epoch: int) -> None:
+    """Where this life holds nothing yet, ends the leases of the lives before, once: one that still runs, since two
+    routers have one id, asks again."""
+    rows = await connection.fetch(
+        "SELECT DISTINCT router_id FROM budget_lease "
+        "WHERE router_id ~ '^[0-9]+ ' AND substr(router_id, strpos(router_id, ' ') + 1) = $1",
+        router_id,
+    )
+    epochs = [int(row[0].partition(" ")[0]) for row in rows]
+    if start_epoch not in epochs:
+        before = [holder(router_id, epoch) for epoch in epochs if epoch < start_epoch]
+        await connection.execute("DELETE FROM budget_lease WHERE router_id = ANY($1::text[])", before)
+
+
 async def lease(
-    connection: Connection, router_id: str, leases: Sequence[tuple[int, int, int]], expires_at: datetime
+    connection: Connection, holder: str, leases: Sequence[tuple[int, int, int]], expires_at: datetime
 ) -> None:
-    """Each as (budget, amount, unsent), in place of those that the router has."""
-    await connection.execute("DELETE FROM budget_lease WHERE router_id = $1", router_id)
+    """Each as (budget, amount, unsent), in place of those that the holder has."""
+    await connection.execute("DELETE FROM budget_lease WHERE router_id = $1", holder)
     await connection.executemany(
         "INSERT INTO budget_lease VALUES ($1, $2, $3, $4, $5)",
-        [(budget, router_id, amount, unsent, expires_at) for budget, amount, unsent in leases],
+        [(budget, holder, amount, unsent, expires_at) for budget, amount, unsent in leases],
     )
 
 

@@ -35,6 +35,8 @@ FAILURES: Final = (
 REPORT_SECONDS = 30.0
 # One number for all ledgers of a database: whoever holds it writes.
 WRITER_LOCK = 0x52696E67
+# And whoever holds this one leases budgets.
+_LEASE_LOCK = WRITER_LOCK + 1
 
 # Cells are summed in memory: to sort half a million of them first takes thrice as long. To compile a report's statement
 # takes longer than to run it.
@@ -74,7 +76,8 @@ class Database:
         pool = await self._create_pool(self._url)
         try:
             await _bring_schema(pool, self._url)
-            reports = await self._create_pool(self._replica_url) if self._replica_url else pool
+            # A pool of their own: however many reports and exports run, a session is left for who writes.
+            reports = await self._create_pool(self._replica_url or self._url)
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError, ValueError) as error:
             pool.terminate()
             raise StartError(f"cannot use the database: {error}") from None
@@ -85,7 +88,7 @@ class Database:
 
     async def close(self) -> None:
         """Ends all sessions, those at work too."""
-        for pool in {self._primary, self._reports}:
+        for pool in (self._primary, self._reports):
             if pool is not None:
                 pool.terminate()
 
@@ -98,6 +101,14 @@ class Database:
         """
         async with _transaction(self._primary) as connection:
             await connection.execute(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+            yield connection
+
+    @asynccontextmanager
+    async def leasing(self) -> AsyncIterator[Connection]:
+        """A transaction on the primary for leases of budgets: one at a time, beside who writes."""
+        async with _transaction(self._primary) as connection:
+            await connection.execute(READING.format(timeout=int(REPORT_SECONDS * 1000)))
+            await connection.execute(f"SELECT pg_advisory_xact_lock({_LEASE_LOCK})")
             yield connection
 
     @asynccontextmanager
@@ -153,7 +164,7 @@ def _mapped_errors() -> Iterator[None]:
         if "no partition" not in str(error):
             raise
         raise MissingPartitionError(f"a partition is missing: {error}", kind="database") from None
-    except asyncpg.DataError as error:
+    except (asyncpg.DataError, asyncpg.ProgramLimitExceededError) as error:
         raise DataRefusedError(str(error), kind="database") from None
     except asyncpg.QueryCanceledError:
         raise UnavailableError("the database took too long; ask for a shorter range", kind="database") from None

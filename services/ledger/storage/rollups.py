@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from datetime import date
 from typing import Final
 
@@ -69,10 +70,14 @@ class Deltas:
         return [column.tolist() for column in (at[starts], series[starts], *sums)]
 
 
-async def touch(connection: Connection, days: list[date]) -> None:
-    """Says that the roll-ups of `days` changed."""
+async def touch(connection: Connection, days: Iterable[date]) -> None:
+    """Says that what reports of `days` rest on changed.
+
+    By a version that no other database has, nor this one before it was set back to a backup: they may share a cache.
+    """
     await connection.execute(
-        "INSERT INTO day_version AS v (day, version) SELECT day, 1 FROM unnest($1::date[]) AS d(day) "
-        "ON CONFLICT (day) DO UPDATE SET version = v.version + 1",
+        "INSERT INTO day_version (day, version) SELECT day, $2::bigint FROM unnest($1::date[]) AS d(day) "
+        "ON CONFLICT (day) DO UPDATE SET version = excluded.version",
         sorted(days),
+        secrets.randbits(62),
     )

@@ -144,7 +144,7 @@ def spool(data):
     for name, content in zip(texts[::2], texts[1::2], strict=False):
         if name and b"/" not in name and b"\0" not in name and name not in (b".", b"..", b"lock"):
             Path(folder, name.decode("utf-8", "surrogateescape")).write_bytes(content)
-    made = LedgerSpool(folder, 10_000, lambda: 7)
+    made = LedgerSpool(folder, 1 << 20, lambda: 7)
     made.open()
     try:
         made.append(b"batch", 1, 1)

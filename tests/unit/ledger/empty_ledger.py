@@ -57,7 +57,7 @@ class _Database:
     async def reading(self, seconds=None):
         yield _Connection()
 
-    writing = changing = reading
+    writing = changing = leasing = reading
 
 
 def _service():

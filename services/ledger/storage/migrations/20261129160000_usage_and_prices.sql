@@ -95,7 +95,7 @@ CREATE TABLE margin_minute (LIKE rollup_minute INCLUDING INDEXES) PARTITION BY R
 CREATE TABLE margin_hour (LIKE rollup_minute INCLUDING INDEXES) PARTITION BY RANGE (at);
 CREATE TABLE margin_day (LIKE rollup_minute INCLUDING INDEXES) PARTITION BY RANGE (at);
 
--- Grows with every change of a day's roll-ups: answers that were cached under an older one are not found any more.
+-- Another one after every change of a day's roll-ups: answers that were cached under an older one are not found any more.
 CREATE TABLE day_version (
     day date PRIMARY KEY,
     version bigint NOT NULL

@@ -7,7 +7,7 @@ from rich.console import Console
 from ringmesh.audit.v1 import audit_pb2
 from ringmesh.ledger.v1 import ledger_pb2
 
-from services.cli.commands import audit, budgets, cost
+from services.cli.commands import advice, audit, budgets, cost
 from services.cli.commands.cost_groups import By
 
 
@@ -58,6 +58,18 @@ def test_a_tenant_with_a_long_name_leaves_room_for_the_amounts():
     assert shown.count("0.000000123") == 2
     assert "1,000 requests USD" in shown
     assert "t" * 39 + "…" in shown
+
+
+def test_a_tenant_named_in_markup_is_shown_as_it_is():
+    row = ledger_pb2.ReportRow(tenant="[/x]", request=ledger_pb2.RequestDetail(trace_id="[/y]"))
+    answer = ledger_pb2.ReportResponse(currency="USD", rows=[row], warnings=["no price for worker type '[/z]'"])
+    wide = console(170)
+    cost.show_report(wide, answer, [By.TENANT], changes=False)
+    budget = ledger_pb2.Budget(tenant="[/b]", period=ledger_pb2.PERIOD_DAY)
+    wide.print(budgets.listing(ledger_pb2.ListBudgetsResponse(budgets=[ledger_pb2.BudgetState(budget=budget)])))
+    advice.show(wide, ledger_pb2.AdviseResponse(recommendations=[ledger_pb2.Recommendation(advice="[/a]")]))
+    shown = wide.file.getvalue()
+    assert all(name in shown for name in ("[/x]", "[/y]", "[/z]", "[/b]", "[/a]"))
 
 
 def test_budgets_are_listed_by_period():

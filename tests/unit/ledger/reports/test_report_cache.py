@@ -73,10 +73,10 @@ async def until(condition):
 
 
 async def test_an_answer_that_is_stored_is_found_and_says_so(service, cache):
-    assert await cache.get(b"k") is None
+    assert await cache.get(b"k", ledger_pb2.ReportResponse) is None
     cache.put(b"k", ANSWER, 1)
     await until(lambda: service.entries)
-    found = await cache.get(b"k")
+    found = await cache.get(b"k", ledger_pb2.ReportResponse)
     assert (found.row_count, found.cached) == (1, True)
 
 
@@ -85,19 +85,19 @@ async def test_an_answer_that_the_cache_refuses_costs_no_look_up(service, cache)
     cache.put(b"large", ANSWER, 1)
     await until(lambda: cache.failures)
     service.entries[b"k"] = ANSWER.SerializeToString()
-    assert (await cache.get(b"k")).cached
+    assert (await cache.get(b"k", ledger_pb2.ReportResponse)).cached
 
 
 async def test_damaged_bytes_are_not_an_answer_and_cost_no_other_look_up(service, cache):
     service.entries |= {b"damaged": b"\xff", b"k": ANSWER.SerializeToString()}
-    assert await cache.get(b"damaged") is None
-    assert (await cache.get(b"k")).cached
+    assert await cache.get(b"damaged", ledger_pb2.ReportResponse) is None
+    assert (await cache.get(b"k", ledger_pb2.ReportResponse)).cached
 
 
 async def test_a_cache_that_fails_is_not_asked_for_a_while(service, cache):
     service.fails = True
-    assert await cache.get(b"k") is None
-    assert await cache.get(b"k") is None
+    assert await cache.get(b"k", ledger_pb2.ReportResponse) is None
+    assert await cache.get(b"k", ledger_pb2.ReportResponse) is None
     assert service.gets == 1
 
 
@@ -122,9 +122,9 @@ async def test_while_the_cache_is_asked_or_told_no_session_and_no_caller_waits(s
         def __init__(self):
             pass
 
-        async def get(self, key):
+        async def get(self, key, kind):
             asked.append(sessions.open)
-            return await cache.get(key)
+            return await cache.get(key, kind)
 
         put = staticmethod(cache.put)
 
@@ -134,7 +134,7 @@ async def test_while_the_cache_is_asked_or_told_no_session_and_no_caller_waits(s
     async def book(*_):
         return PriceBook([], "EUR")
 
-    async def answer(*_):
+    async def answer(*_, **__):
         assert sessions.open == 1
         return ANSWER
 

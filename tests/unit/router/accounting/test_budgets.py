@@ -10,9 +10,12 @@ MONTH = 1_796_083_200_000  # 2026-12-01
 RATES = {"cpu": 1_000_000, "router": 1000}
 
 
-def leases(*amounts, **names):
+def leases(*amounts, next_nano=0, renews_at_ms=MONTH, **names):
     budget = ledger_pb2.Budget(period=ledger_pb2.PERIOD_MONTH, hard_nano=5 * 10**9, currency="USD", **names)
-    made = [ledger_pb2.BudgetLease(budget=budget, amount_nano=amount, renews_at_ms=MONTH) for amount in amounts]
+    made = [
+        ledger_pb2.BudgetLease(budget=budget, amount_nano=amount, renews_at_ms=renews_at_ms, next_nano=next_nano)
+        for amount in amounts
+    ]
     return ledger_pb2.LeaseResponse(leases=made, nano_per_second=RATES)
 
 
@@ -30,6 +33,7 @@ def test_a_request_is_refused_once_its_lease_is_spent():
     budgets.charge("acme", "mlp", "cpu", 1, 0)
     with pytest.raises(ResourceExhaustedError) as refused:
         budgets.check("acme", "mlp")
+    assert refused.value.retry_after is None
     assert refused.value.message == (
         "the budget of tenant 'acme' and model 'mlp', 5 USD a month, is used up; it renews at 2026-12-01 00:00 UTC"
     )
@@ -103,13 +107,39 @@ def test_a_budget_that_is_gone_limits_nothing():
     budgets.check("acme", "mlp")
 
 
-def test_a_lease_of_a_period_that_has_ended_refuses_nothing():
+def lets_in(budgets, nano):
+    """How many requests of a nano-unit of `nano` that come."""
+    allowed = 0
+    for _ in range(nano):
+        try:
+            budgets.check("acme", "mlp")
+        except ResourceExhaustedError:
+            continue
+        budgets.charge("acme", "mlp", "cpu", 1, 0)
+        allowed += 1
+    return allowed
+
+
+def test_of_a_period_that_begins_while_the_ledger_is_down_a_router_spends_its_part():
     now = MONTH / 1000 - 1
     budgets = Budgets(lambda: now)
-    renew(budgets, leases(1, tenant="acme", model="mlp"))
-    budgets.charge("acme", "mlp", "cpu", 1, 0)
-    with pytest.raises(ResourceExhaustedError) as refused:
-        budgets.check("acme", "mlp")
-    assert refused.value.retry_after is None
+    renew(budgets, leases(5, next_nano=7, tenant="acme", model="mlp"))
+    assert lets_in(budgets, 3) == 3
     now += 1
-    budgets.check("acme", "mlp")
+    assert lets_in(budgets, 20) == 7  # and nothing of what was left before
+    now += 30.9 * 86_400
+    assert lets_in(budgets, 20) == 0
+    now += 0.2 * 86_400
+    assert lets_in(budgets, 20) == 7
+
+
+def test_a_router_whose_clock_is_ahead_spends_its_part_of_the_next_period_once():
+    now = MONTH / 1000 + 1
+    budgets = Budgets(lambda: now)
+    for _ in range(5):
+        renew(budgets, leases(5, next_nano=7, tenant="acme", model="mlp"))
+        lets_in(budgets, 20)
+    assert budgets.marks()[0][1] == 7 * 10**9
+    # The ledger is there, too.
+    renew(budgets, leases(4, next_nano=7, renews_at_ms=MONTH + 31 * 86_400_000, tenant="acme", model="mlp"))
+    assert lets_in(budgets, 20) == 4

@@ -92,19 +92,65 @@ def test_two_processes_cannot_share_a_folder(open_spool, folder):
 
 
 def test_a_full_spool_gives_up_the_oldest_but_the_first_and_says_so(open_spool):
-    spool = open_spool(max_bytes=600)
+    whole = bytes(5000)
+    spool = open_spool(max_bytes=60_000)
     for _ in range(10):
-        spool.append(bytes(100), 2, 20)
-    assert spool.bytes <= 700
+        spool.append(whole, 2, 20)
+        assert spool.bytes <= 60_000 + 8192
     assert spool.dropped_requests > 0
     found = taken(spool)
     assert [sequence for _, sequence, _ in found] == list(range(1, 11))
     # The first may have been sent.
-    assert found[0][2] == bytes(100)
-    assert found[-1][2] == bytes(100)
-    given_up = [dropped(batch) for _, _, batch in found if batch != bytes(100)]
+    assert found[0][2] == whole
+    assert found[-1][2] == whole
+    given_up = [dropped(batch) for _, _, batch in found if batch != whole]
     assert set(given_up) == {(2, 20)}
     assert sum(requests for _, requests in given_up) == spool.dropped_requests
+
+
+def test_a_spool_that_is_full_of_small_batches_takes_no_more_and_says_so(open_spool, folder):
+    spool = open_spool(max_bytes=5 * 4096)
+    for number in range(50):
+        spool.append(b"batch %d" % number, 1, 10)
+    # One beyond the bound, for a batch may begin below it.
+    assert len(list(folder.glob("*.batch"))) == 6
+    assert spool.dropped_requests == 440
+    sent = taken(spool)
+    spool.append(b"after", 1, 1)
+    sent += taken(spool)
+    assert [sequence for _, sequence, _ in sent] == list(range(1, 9))
+    assert [batch for _, _, batch in sent[:6]] == [b"batch %d" % number for number in range(6)]
+    assert dropped(sent[6][2]) == (44, 440)
+    assert sent[7][2] == b"after"
+
+
+def test_what_cannot_be_given_up_on_a_full_disk_loses_nothing_else(open_spool, monkeypatch):
+    spool = open_spool(max_bytes=20_000)
+    spool.append(bytes(5000), 2, 20)
+    spool.append(bytes(5000), 2, 20)
+    write = spool._replace
+
+    def replace(name, data):
+        if len(data) < 100:
+            raise OSError(28, "No space left on device")
+        write(name, data)
+
+    monkeypatch.setattr(spool, "_replace", replace)
+    spool.append(bytes(5000), 2, 20)
+    assert spool.dropped_requests == 0
+    spool.append(bytes(5000), 3, 30)
+    monkeypatch.undo()
+    assert spool.dropped_requests == 30
+    assert [batch for _, _, batch in taken(spool)] == [bytes(5000)] * 3
+    spool.append(b"after", 1, 1)
+    assert dropped(taken(spool)[0][2]) == (3, 30)
+
+
+def test_a_batch_without_records_that_is_given_up_stays_on_disk_under_its_number(open_spool, folder):
+    spool = open_spool()
+    spool.append(b"uptime", 0, 0)
+    spool.give_up(spool.first())
+    assert [path.name for path in folder.glob("*.batch")] == ["1000-1-0-0.batch"]
 
 
 def test_a_damaged_batch_is_sent_as_one_that_counts_what_was_in_it(open_spool, folder):

@@ -11,6 +11,7 @@ from ringmesh.ledger.v1 import ledger_pb2
 from cache.tiers.entry import Entry
 from router.accounting.key_samples import KeySamples
 from router.accounting.usage import Up, Usage
+from services.ledger.ingest.batch import read
 from tests.unit.router.request.test_path import DIGEST, WRONG, Router, request
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -27,7 +28,7 @@ def result(**timing):
 class Sender:
     """Keeps what is submitted."""
 
-    router_id, epoch, is_idle = "router-id", 1, True
+    router_id, epoch, is_idle, dropped_requests = "router-id", 1, True, 0
 
     def __init__(self):
         self.batches = []
@@ -262,3 +263,41 @@ def test_an_older_threshold_holds_the_newer_one():
     samples.below = 1
     assert samples.thinned({("m", "1", "cpu", True, bytes((0, place))): None for place in range(250)})[1] == 1
     assert samples.below == 2
+
+
+async def test_names_that_are_too_long_for_the_ledger_are_cut_and_the_batch_is_taken():
+    router = Router()
+    router.send()
+    await asyncio.sleep(0)
+    router.worker.end(result())
+    sender = Sender()
+    name = "\N{SNOWMAN}" * 500
+    usage = Usage(router.meter, router.budgets, sender, name, lambda: [Up(name, "cpu", name)], lambda: NOW)
+    await usage.flush()
+    data = sender.batches[0][0].SerializeToString()
+    digest = blake3(data).digest(16)
+    batch = read(ledger_pb2.AppendRequest(router_id="r", start_epoch=1, sequence=1, batch=data, digest=digest))
+    assert batch.series[0].region == batch.worker_minutes[0].worker_id == "\N{SNOWMAN}" * 85
+
+
+async def test_what_a_full_disk_loses_counts_against_its_budget_all_the_same():
+    router = Router()
+    budget = ledger_pb2.Budget(tenant="acme", period=ledger_pb2.PERIOD_DAY, hard_nano=10**12)
+    lease = ledger_pb2.BudgetLease(budget=budget, amount_nano=10**12, renews_at_ms=1 << 50)
+    answer = ledger_pb2.LeaseResponse(leases=[lease], nano_per_second={"cpu": 10**9, "router": 10**9})
+    router.budgets.renewed(answer, [])
+    usage = Usage(router.meter, router.budgets, sender := Sender(), "eu", list, lambda: NOW)
+    spent = []
+    for is_lost in (False, True, False):
+        before = router.budgets.marks()[0][1]
+        router.send(b"\xff", metadata=(("ringmesh-tenant", "acme"),))
+        spent.append(router.budgets.marks()[0][1] - before)
+        await usage.flush()
+        sender.dropped_requests += is_lost
+    await usage.flush()
+    (use,) = router.budgets.request("router", 1)[0].uses
+    assert use.unsent_nano == -(-spent[1] // 10**9) > 0
+    # In the next period, nobody asks for it.
+    lease.renews_at_ms += 1
+    router.budgets.renewed(answer.__class__(leases=[lease]), router.budgets.marks())
+    assert not router.budgets.request("router", 1)[0].uses[0].unsent_nano
