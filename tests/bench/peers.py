@@ -105,10 +105,10 @@ def ringmesh_up(
 
 
 @contextmanager
-def router_and_worker(name: str, loadgen: Path, models: Path, traces: Path, threads: str = "1") -> Iterator[Server]:
+def router_and_worker(name: str, loadgen: Path, models: Path, traces: Path, threads: str = "2") -> Iterator[Server]:
     """Starts one router and one worker with their defaults: 1 % of the requests traced, metrics, no Redis.
 
-    `threads` is the number of threads of one model run.
+    `threads` are those of a model, which its instances share.
     """
     port = free_port()
     with running(

@@ -222,6 +222,14 @@ def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOpt
     return options
 
 
+def concurrent_runs(config: ModelConfig, threads: int, provider: str) -> int:
+    """How many runs of a model are made at a time: one on each instance, but on the CPU not more than `threads`.
+
+    More would take turns on the same cores, with smaller batches and colder caches.
+    """
+    return instances(config) if provider in ON_GPU else min(instances(config), threads)
+
+
 def run_entries(config: ModelConfig) -> dict[str, str]:
     shrinks = _SHRINK_ARENA in config.parameters
     return {_SHRINK_ARENA: config.parameters[_SHRINK_ARENA].string_value} if shrinks else {}

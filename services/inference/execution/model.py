@@ -47,7 +47,8 @@ class OnnxModel:
     `has_rows`: the first dimension is the batch. A request has at most `max_request_rows` rows; 0: any number.
     `batchable`: requests may share a run along the batch, with at most `max_batch_rows`. `cacheable`: equal requests
     have equal answers. `inline`: runs may be made on the thread that received the requests. `row_cache`: rows of a
-    batch may be cached one by one. `provider`: the execution provider in use. `rules`: how routers treat its requests.
+    batch may be cached one by one. `provider`: the execution provider in use. `concurrent_runs`: how many may be made
+    at a time. `rules`: how routers treat its requests.
     """
 
     # Only an ensemble may lack steps.
@@ -88,6 +89,7 @@ class OnnxModel:
         except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
             raise ModelLoadError(f"cannot load {files.model}: {load_failure(error)}") from None
         self.provider = sessions.provider
+        self.concurrent_runs = execution.concurrent_runs(configured, intra_op_threads, self.provider)
         self.digest = self.own_digest = files.digest(self.provider)
         every = (*self.inputs.values(), *self.hidden_inputs.values(), *self.outputs.values())
         if any(spec.datatype.name == "BYTES" for spec in every):

@@ -19,7 +19,7 @@ from services.inference.models.decisions import Decision, Decisions, Overrides
 from services.inference.models.ensemble import Ensemble
 from services.inference.models.held_models import HeldModel, HeldModels
 from services.inference.models.memory_budget import MemoryBudget, resident_memory
-from services.inference.repository import config, config_rules, repository
+from services.inference.repository import config, repository
 from services.inference.repository.config import ConfigError
 from services.inference.repository.crash_journal import UNWATCHED, CrashJournal, Watch
 from services.inference.repository.repository import (
@@ -370,7 +370,7 @@ class ModelStore:
         plain = Batcher(
             model,
             self._executor,
-            instances=config_rules.instances(files.config),
+            instances=model.concurrent_runs,
             batching=config.batching(files.config),
             watch=await asyncio.to_thread(self._watch, files),
             inline=InlineRuns(batchable=bool(model.batchable), by_cpu=model.provider == execution.CPU)

@@ -183,6 +183,13 @@ def test_the_instances_of_a_model_share_the_threads_of_the_worker(instances, thr
     assert execution.session_options(configured, 4).intra_op_num_threads == threads
 
 
+@pytest.mark.parametrize(("instances", "threads", "runs"), [(1, 4, 1), (2, 4, 2), (8, 4, 4), (2, 1, 1)])
+def test_on_the_cpu_no_more_runs_are_made_at_a_time_than_there_are_threads(instances, threads, runs):
+    configured = config(f"instance_group {{ count: {instances} }}")
+    assert execution.concurrent_runs(configured, threads, CPU) == runs
+    assert execution.concurrent_runs(configured, threads, CUDA) == instances
+
+
 @pytest.mark.parametrize(("level", "name"), [(0, "ALL"), (-1, "BASIC"), (1, "EXTENDED"), (2, "DISABLE_ALL")])
 def test_levels_of_graph_optimization_are_tritons(level, name):
     options = execution.session_options(config(f"optimization {{ graph {{ level: {level} }} }}"), 1)

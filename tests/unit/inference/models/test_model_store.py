@@ -3,6 +3,7 @@ import errno
 import os
 import resource
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from services.runtime.errors import InvalidArgumentError, NotFoundError, Unavail
 from services.runtime.machine.machine_fault import machine_fault
 from tests import models
 from tests.system.test_cache import fresh
+from tests.unit.turns import turns
 
 EXECUTOR = ThreadPoolExecutor(2)
 
@@ -505,3 +507,17 @@ async def test_a_model_that_met_a_fault_of_the_machine_at_the_start_is_loaded_wh
 )
 def test_a_fault_of_the_machine_is_told_from_one_of_the_model(error, lacks):
     assert machine_fault(error) == lacks
+
+
+async def test_instances_beyond_the_threads_of_a_model_wait_for_their_turn_on_the_cpu(tmp_path):
+    (models.mlp(tmp_path).parent / "config.pbtxt").write_text("max_batch_size: 0 instance_group { count: 3 }")
+    made = await store(tmp_path)
+    held = made.held.find("mlp", "")
+    gate, run = threading.Event(), held.model.run
+    held.model.run = lambda inputs, outputs: run(inputs, outputs) if gate.wait(10) else []
+    answers = [asyncio.create_task(answer(made)) for _ in range(2)]
+    await turns()
+    waiting = held.batcher.waiting
+    gate.set()
+    await asyncio.gather(*answers)
+    assert waiting == 1
