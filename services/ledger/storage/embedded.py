@@ -30,11 +30,11 @@ _MOST_SOCKET_PATH = 90  # of the 107 bytes that the system takes, less the socke
 _SETTINGS = {
     "listen_addresses": "",
     "unix_socket_directories": ".",
-    "shared_buffers": "256MB",
+    "shared_buffers": "512MB",
     # What was acknowledged survives a power failure.
     "fsync": "on",
     "synchronous_commit": "on",
-    "max_wal_size": "4GB",
+    "max_wal_size": "8GB",
     "checkpoint_timeout": "15min",
     "wal_compression": "pglz",
     "log_min_messages": "warning",
