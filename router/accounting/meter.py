@@ -43,6 +43,14 @@ class Fold:
         self.requests = self.total_ns = self.router_ns = self.cache_ns = 0
         self.compute_us = self.saved_us = self.request_bytes = self.response_bytes = 0
 
+    def record(self, labels: LabelValues, at_ms: int) -> Record:
+        """The record that stands for them, of the time `at_ms`."""
+        return (
+            labels, self.worker_type, at_ms, self.requests, self.total_ns // 1000, self.router_ns // 1000,
+            self.cache_ns // 1000, 0, 0, self.compute_us, self.saved_us, 0, 0, 0, self.request_bytes,
+            self.response_bytes, b"",
+        )  # fmt: skip
+
 
 class Meter:
     """Collects records until `take`. Charges `budgets`. Any thread may count.

@@ -168,7 +168,7 @@ class Usage:
             )
             for (up, minute), seconds in uptime.items()
         ]
-        usage = [*self._folded(folds, now_ms), *records]
+        usage = [*(fold.record(labels, now_ms) for labels, fold in folds.items()), *records]
         batches = []
         for start in range(0, max(1, len(usage)), _BATCH_RECORDS):
             part = self._columns(usage[start : start + _BATCH_RECORDS])
@@ -201,16 +201,6 @@ class Usage:
             compute_us=seen.compute_us,
             value_bytes=seen.value_bytes,
         )
-
-    def _folded(self, folds: dict[LabelValues, Fold], now_ms: int) -> list[Record]:
-        return [
-            (
-                labels, fold.worker_type, now_ms, fold.requests, fold.total_ns // 1000, fold.router_ns // 1000,
-                fold.cache_ns // 1000, 0, 0, fold.compute_us, fold.saved_us, 0, 0, 0, fold.request_bytes,
-                fold.response_bytes, b"",
-            )
-            for labels, fold in folds.items()
-        ]  # fmt: skip
 
     def _dimension(self, labels: LabelValues, worker_type: str) -> Dimension:
         _, model, version, tenant, code, outcome = labels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from services.ledger.reports.periods import Piece, pieces
 from services.ledger.storage.cubes import smallest
@@ -13,6 +13,8 @@ from services.ledger.storage.rollups import MEASURES
 from services.ledger.storage.times import utc
 from services.runtime.errors import InvalidArgumentError
 
+# Values by column, one or several.
+Filters: TypeAlias = Mapping[str, str | Sequence[str]]
 # What a report may group by, as columns of `series`; the day is one of time.
 COLUMNS: Final = ("tenant", "model", "version", "region")
 # They are in memory, and all of them share the rounding of the total.
@@ -28,10 +30,8 @@ class Sums(NamedTuple):
     measures: tuple[int, ...]
 
 
-def statement(
-    parts: Iterable[Piece], groups: Sequence[str], filters: Mapping[str, str | Sequence[str]]
-) -> tuple[str, list[Any]]:
-    """The query and its arguments. `groups` are of COLUMNS or "day"; `filters` are values of COLUMNS, or several.
+def statement(parts: Iterable[Piece], groups: Sequence[str], filters: Filters) -> tuple[str, list[Any]]:
+    """The query and its arguments. `groups` are of COLUMNS or "day"; `filters` of COLUMNS.
 
     Cells of each piece are summed by the number of their series first, and those sums by name: to sum cells by name
     takes twice as long, and those of all pieces together a third longer.
@@ -65,10 +65,7 @@ def statement(
 
 
 async def rows(
-    connection: Connection,
-    boundaries: Sequence[int],
-    groups: Sequence[str],
-    filters: Mapping[str, str | Sequence[str]],
+    connection: Connection, boundaries: Sequence[int], groups: Sequence[str], filters: Filters
 ) -> Sequence[Any]:
     """Of the segments between `boundaries`, which are multiples of a minute; in no order. Each has its groups, a day as
     its midnight, its segment, its worker type, and MEASURES.
@@ -88,10 +85,7 @@ async def rows(
 
 
 async def fetch(
-    connection: Connection,
-    boundaries: Sequence[int],
-    groups: Sequence[str],
-    filters: Mapping[str, str | Sequence[str]],
+    connection: Connection, boundaries: Sequence[int], groups: Sequence[str], filters: Filters
 ) -> list[Sums]:
     """As `rows`."""
     width = len(groups)

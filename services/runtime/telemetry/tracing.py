@@ -1,7 +1,7 @@
 """Traces: times are recorded for every request; when a request ends, spans are built if its trace is retained.
 
 A trace is retained if the caller samples the request, if the caller does not decide and the configured ratio selects
-it, if the request failed, or if it was slow (the router bounds the share of slow ones). A worker returns its timings
+it, if the request failed, or if it was slow (the router bounds their number). A worker returns its timings
 with the answer, so that a complete trace can be retained after the fact: see docs/decisions/0013.
 """
 
