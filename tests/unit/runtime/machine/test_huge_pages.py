@@ -1,11 +1,14 @@
+import itertools
 import mmap
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from services.runtime.machine import huge_pages
 from services.runtime.machine.huge_pages import collapse
 
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -38,6 +41,17 @@ def test_what_is_in_full_use_comes_to_lie_on_huge_pages_and_stays_as_it_is(used)
         pytest.skip("the kernel does not collapse on request")
     assert grown >= 16 << 20
     assert used[:] == content
+
+
+def test_copies_take_a_fiftieth_of_the_time(used, monkeypatch):
+    pauses, now = [], itertools.count()
+    monkeypatch.setattr(huge_pages, "time", SimpleNamespace(monotonic=lambda: next(now) / 1000))
+    try:
+        collapse(SimpleNamespace(is_set=lambda: False, wait=pauses.append))
+    except OSError:
+        pytest.skip("no /proc")
+    assert pauses
+    assert {round(pause, 6) for pause in pauses} == {0.05}
 
 
 def test_a_process_that_stops_does_not_wait_for_the_rest(used):
