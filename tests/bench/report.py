@@ -47,7 +47,7 @@ instances, dynamic batching, a response cache) and bodies are the same for all.
   what is outstanding as batches of up to 64.
 
 Ringmesh runs with `RINGMESH_QUEUE_SECONDS=30`, so that nothing is turned away. 1,024 calls are outstanding on 200
-connections, fewer on four. Peers stay up while others are measured; the idle `ringmesh up` takes about 5 % of a core
+connections, fewer on four. Peers stay up while others are measured; the idle `ringmesh up` takes about 8 % of a core
 then. Peak memory counts pages that processes share in each of them. A GPU was not used: see
 [models](models.md#execution). `make bench-check` compares two revisions, see [CONTRIBUTING](../CONTRIBUTING.md).
 """
