@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import socket
 import struct
 import threading
 from contextlib import suppress
@@ -344,6 +345,19 @@ def test_a_goaway_of_the_client_is_no_fault(serving):
         client.send(frame(GOAWAY, 0, 0, bytes(8)))
         assert client.outcome(1) in (OK, "goaway", "closed")
     assert is_well(serving)
+
+
+def test_answers_to_callers_who_leave_meanwhile_are_forgotten():
+    serving = Serving(Engine.NATIVE, lambda data: Answer(data, ()))
+    try:
+        for _ in range(200):
+            with RawClient(serving.port) as client:
+                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                for stream in range(1, 11, 2):
+                    client.call(stream, CALL, struct.pack(">BI", 0, 1000) + bytes(1000))
+        eventually(lambda: serving.counted("ringmesh_unread_response_bytes") == 0)
+    finally:
+        serving.close()
 
 
 @pytest.mark.parametrize("kind", list(Engine))

@@ -1,9 +1,12 @@
 """A bound, in bytes, on answers that callers have not read.
 
 HTTP/2 lets a caller read answers as slowly as it likes, and both engines buffer the unread ones. Neither reports unread
-bytes by connection, but each reports when a call ends, so the total of unread bytes is known exactly. Connections are
-measured only when that total is large: the unread bytes of one are the bytes answered on it, minus the bytes that the
-other end has acknowledged according to the kernel.
+bytes by connection, but each reports the answers of calls that ended, so the total of unread bytes is known.
+Connections are measured only when that total is large: the unread bytes of one are the bytes answered on it, minus the
+bytes that the other end has acknowledged according to the kernel.
+
+The native engine never reports an answer that it takes while its connection ends. Such answers are found when no call
+is open, and when the total is more than the connections have unread.
 
 A connection that would need more than a minute to drain is cut. Until then its callers are refused further answers;
 other callers are served.
@@ -70,18 +73,23 @@ class _Flow:
 
 
 class Backlog:
-    """Unread answers of one server. `sent`: cumulative bytes of admitted answers that were sent or whose callers left.
+    """Unread answers of one server.
 
-    Two threads hand over answers: `+=` on an attribute is not interrupted in CPython.
+    `ended` returns the cumulative bytes of admitted answers that were sent or whose callers left, and whether the
+    engine knows of no other call. Two threads hand over answers: `+=` on an attribute is not interrupted in CPython.
     """
 
-    def __init__(self, limit: int, sent: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limit: int, ended: Callable[[], tuple[int, bool]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._limit = limit
         self._step = int(limit * _STEP)
-        self._sent = sent
+        self._ended = ended
         self._clock = clock
         self._connections: MeasuredConnections | None = None
         self._handed = 0
+        # Bytes of answers that the engine took and will never report.
+        self._lost = 0
         self._total = 0
         self._next_look = self._step
         # The earliest time of the next measurement.
@@ -97,7 +105,7 @@ class Backlog:
         self._connections = connections
 
     def samples(self) -> Iterator[Sample]:
-        yield Sample(UNREAD, (), max(0, self._handed - self._sent()))
+        yield Sample(UNREAD, (), self._unread())
         yield Sample(CUT, (), self._cut)
         yield Sample(REFUSED, (), self._refused)
 
@@ -138,9 +146,17 @@ class Backlog:
         finally:
             self._lock.release()
 
+    def _unread(self) -> int:
+        before = self._handed
+        ended, is_idle = self._ended()
+        unread = self._handed - ended
+        # If too much was taken for lost, the rest ends nevertheless, which corrects it.
+        self._lost = max(0, before - ended) if is_idle else min(self._lost, unread)
+        return unread - self._lost
+
     def _look(self) -> None:
         self._next_look = self._handed + self._step
-        self._total = total = self._handed - self._sent()
+        self._total = total = self._unread()
         if total <= self._step:
             self._flows.clear()
             self._by_address.clear()
@@ -165,6 +181,11 @@ class Backlog:
             if flow.address not in alive and flow.address[1]:
                 self._flows.pop(peer, None)
                 self._by_address.pop(flow.address, None)
+        # Of what was answered before the flows were tracked, less than a step was unread; another one allows for frames
+        # and headers.
+        known = sum(flow.unread for flow in list(self._by_address.values())) + 2 * self._step
+        if total > known:
+            self._lost += total - known
         if slow:
             self._cut += self._connections.cut({flow.address for flow in slow})
             log.warning(

@@ -64,9 +64,9 @@ class FastPathServer(native.Server):
         """`guards`: checks of the callers of fast paths; they raise RingmeshError."""
         # On two cores, a second I/O thread would only compete with Python.
         super().__init__(options=options, io_threads=min(2, max(1, cores.available() // 2)))
-        # The engine's metrics report the bytes sent by calls that have ended.
+        # The engine's metrics report the calls that have ended, and the bytes that they sent.
         self._front_args["metrics"] = True
-        self.backlog = Backlog(max_unread_bytes, self._sent_bytes)
+        self.backlog = Backlog(max_unread_bytes, self._ended_bytes)
         self._unary: frozenset[str] = frozenset()
         self._paths = paths
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
@@ -114,16 +114,14 @@ class FastPathServer(native.Server):
         context._trailing_metadata = _sendable(context._trailing_metadata)
         super()._fail(call, context, details)
 
-    def _sent_bytes(self) -> int:
-        """Returns the bytes of unary answers that were sent, or whose callers left first."""
+    def _ended_bytes(self) -> tuple[int, bool]:
+        """Returns the bytes of unary answers that were sent or whose callers left, and whether no such call is open."""
         front = self._front
         methods = (front.metrics() or {}).get("methods", {}) if front is not None else {}
-        return sum(
-            status["sent"]["sum"]
-            for path, method in methods.items()
-            if path in self._unary
-            for status in method["status"].values()
-        )
+        unary = [method for path, method in methods.items() if path in self._unary]
+        ended = [status for method in unary for status in method["status"].values()]
+        is_idle = sum(method["started"] for method in unary) == sum(status["count"] for status in ended)
+        return sum(status["sent"]["sum"] for status in ended), is_idle
 
     async def _run_unary(self, call: Any, context: Any, request: Any) -> None:
         ok, response = await self._unary_response(call, context, request)
