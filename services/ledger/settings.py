@@ -39,7 +39,7 @@ class LedgerSettings(ServiceSettings):
     cache_address: str | None = Field(None, description="host:port of the cache service, for reports; none: not cached")
     usage_days: int = Field(35, ge=1, le=1100, description="days that single records are kept")
     minute_days: int = Field(3, ge=1, le=1100, description="days that sums by the minute are kept")
-    rollup_days: int = Field(1100, ge=1, le=3660, description="days that sums by the hour and day are kept")
+    rollup_days: int = Field(1100, ge=1, le=3660, description="days that sums by the hour, day and week are kept")
     currency: str = Field("USD", description="of all prices, by ISO 4217; a ledger keeps the one that it began with")
     cpu_second_price: float = Field(
         0.00001, ge=0, le=1000, description="price of a second of a worker of type cpu, until one is set"

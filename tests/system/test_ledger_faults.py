@@ -20,10 +20,13 @@ import psutil
 import pytest
 from ringmesh.ledger.v1 import ledger_pb2
 
+from services.ledger.storage import migrations
 from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Database
 from services.ledger.storage.migrations import FOLDER
 from services.ledger.storage.partitions import Partitions, Retention
+from services.ledger.storage.rollups import GRAINS
+from services.ledger.storage.times import week_of
 from tests.system import processes
 from tests.system.conftest import eventually
 from tests.system.ledgers import (
@@ -140,10 +143,10 @@ async def connect(ledger):
 
 
 async def assert_grains_agree(ledger):
-    """Records, minutes, hours and days have the same sums for each series."""
+    """Records and the cells of each grain have the same sums for each series."""
     connection = await connect(ledger)
     sums = {}
-    for table in ("usage", "rollup_minute", "rollup_hour", "rollup_day"):
+    for table in ("usage", *(f"rollup_{grain}" for grain in GRAINS)):
         rows = await connection.fetch(
             "SELECT series, sum(requests), sum(compute_us), sum(saved_us), sum(router_us) "
             f"FROM {table} GROUP BY 1 ORDER BY 1"
@@ -151,14 +154,14 @@ async def assert_grains_agree(ledger):
         sums[table] = [tuple(row) for row in rows]
     names = "requests", "compute_us", "saved_us", "router_us"
     wanted = [sum(row[place] for row in sums["usage"]) for place in range(1, 5)]
-    for grain in ("minute", "hour", "day"):
+    for grain in GRAINS:
         rows = await connection.fetch(
             f"SELECT {', '.join(f'sum({name})' for name in names)} FROM margin_{grain} r "
             "JOIN margin m ON m.id = r.series GROUP BY m.cube"
         )
         assert [list(row) for row in rows] == [wanted] * len(CUBES)
     await connection.close()
-    assert sums["usage"] == sums["rollup_minute"] == sums["rollup_hour"] == sums["rollup_day"]
+    assert all(found == sums["usage"] for found in sums.values())
 
 
 def kill_postgres(ledger):
@@ -425,14 +428,15 @@ def test_any_partition_that_was_dropped_by_hand_is_made_again(start_ledger, tabl
         asyncio.run(assert_grains_agree(ledger))
 
 
-@pytest.mark.parametrize("table", ["rollup_hour", "rollup_day", "margin_hour", "margin_day"])
+@pytest.mark.parametrize("table", ["rollup_hour", "rollup_day", "rollup_week", "margin_day", "margin_week"])
 def test_sums_of_a_month_that_were_dropped_by_hand_are_rebuilt(start_ledger, table):
     ledger, tenant = start_ledger(), unique("tenant")
     Sender(ledger).append([miss(tenant)])
 
     async def drop():
         connection = await connect(ledger)
-        await connection.execute(f"DROP TABLE {table}_{datetime.now(UTC):%Y%m}")
+        day = datetime.now(UTC).date()
+        await connection.execute(f"DROP TABLE {table}_{week_of(day) if 'week' in table else day:%Y%m}")
         await connection.close()
 
     asyncio.run(drop())
@@ -509,7 +513,6 @@ def test_migrations_go_back_and_forth(start_ledger):
     Sender(ledger).append([miss("t")])
     socket = Path(ledger.settings["state_dir"]) / "postgres"
     url = f"postgres://ringmesh@/postgres?socket={socket}"
-    from services.ledger.storage import migrations
 
     async def back_and_forth():
         connection = await connect(ledger)
@@ -531,6 +534,52 @@ def test_migrations_go_back_and_forth(start_ledger):
     )
     assert refused.returncode == 2
     assert "belongs to a newer ledger" in refused.stderr
+
+
+def test_weeks_are_filled_when_a_database_from_before_is_migrated(start_ledger):
+    ledger, tenant = start_ledger(), unique("tenant")
+    begin = now_ms() - 30 * DAY_MS
+    # Two months at least, and weeks that begin in one and end in the next.
+    Sender(ledger).append([miss(tenant, begin + day * DAY_MS, compute_us=day) for day in range(31)])
+    url = f"postgres://ringmesh@/postgres?socket={Path(ledger.settings['state_dir']) / 'postgres'}"
+
+    async def back_and_forth():
+        await migrations.roll_back(url)
+        connection = await connect(ledger)
+        assert await connection.fetchval("SELECT to_regclass('rollup_week')") is None
+        await connection.close()
+        await migrations.migrate(url)
+
+    asyncio.run(back_and_forth())
+    asyncio.run(assert_weeks_agree(ledger))
+    assert ledger.report(tenant=tenant, from_ms=begin).total.compute_us == sum(range(31))
+    Sender(ledger).append([miss(tenant, begin)])
+    asyncio.run(assert_weeks_agree(ledger))
+
+
+async def assert_weeks_agree(ledger):
+    connection = await connect(ledger)
+    for kind in ("rollup", "margin"):
+        of_days, of_weeks = [
+            await connection.fetch(
+                f"SELECT date_bin('1 week', at, 'epoch') AS week, series, sum(requests), sum(compute_us), "
+                f"sum(response_bytes) FROM {kind}_{grain} GROUP BY 1, 2 ORDER BY 1, 2"
+            )
+            for grain in ("day", "week")
+        ]
+        assert of_days == of_weeks
+        assert of_days
+    await connection.close()
+
+
+def test_a_rebuilt_day_leaves_the_other_days_of_its_week(start_ledger):
+    ledger, tenant = start_ledger(), unique("tenant")
+    days = [now_ms() - day * DAY_MS for day in range(10)]
+    Sender(ledger).append([miss(tenant, at_ms) for at_ms in days])
+    for at_ms in days:
+        ledger.stub.Rebuild(ledger_pb2.RebuildRequest(day=f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d}"))
+    asyncio.run(assert_weeks_agree(ledger))
+    assert ledger.report(tenant=tenant, from_ms=days[-1] - 30 * DAY_MS).total.requests == len(days)
 
 
 def test_what_is_dropped_for_its_age_stays_in_the_sums(start_ledger):

@@ -1,4 +1,4 @@
-"""Which roll-ups make up a range of time: days where whole days fit, hours and minutes at the ends."""
+"""Which roll-ups make up a range of time: weeks where whole weeks fit, shorter ones at the ends."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ class Piece(NamedTuple):
     until_ms: int
 
 
-def pieces(boundaries: Sequence[int]) -> list[Piece]:
-    """Of the segments between `boundaries`, which are multiples of a minute."""
+def pieces(boundaries: Sequence[int], coarsest: str = "week") -> list[Piece]:
+    """Of the segments between `boundaries`, which are multiples of a minute; of grains up to `coarsest`."""
+    grains = [*GRAINS]
+    grains = grains[grains.index(coarsest) :: -1]
     found: list[Piece] = []
     for segment, (begin, end) in enumerate(pairwise(boundaries)):
-        found += (Piece(segment, *part) for part in _split(begin, end, ("day", "hour", "minute")))
+        found += (Piece(segment, *part) for part in _split(begin, end, grains))
     return found
 
 
-def _split(begin: int, end: int, grains: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
+def _split(begin: int, end: int, grains: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """With the coarsest of `grains` in the middle and the others at both ends."""
     if begin >= end:
         return
@@ -36,8 +38,8 @@ def _split(begin: int, end: int, grains: tuple[str, ...]) -> Iterator[tuple[str,
     if not finer:
         yield grain, begin, end
     elif first >= last:
-        yield from _split(begin, end, tuple(finer))
+        yield from _split(begin, end, finer)
     else:
-        yield from _split(begin, first, tuple(finer))
+        yield from _split(begin, first, finer)
         yield grain, first, last
-        yield from _split(last, end, tuple(finer))
+        yield from _split(last, end, finer)

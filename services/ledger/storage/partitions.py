@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 
 from services.ledger.storage.database import Connection, Database
-from services.ledger.storage.times import next_month
+from services.ledger.storage.times import next_month, week_of
 
 log = logging.getLogger(__name__)
 
 DAYS_AHEAD = 3
 _OF_DAYS = ("rollup_minute", "margin_minute", "worker_minute", "key_sample")
 _OF_MONTHS = ("rollup_hour", "rollup_day", "margin_hour", "margin_day")
+# A week is in the month in which it begins.
+_OF_WEEKS = ("rollup_week", "margin_week")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Partitions:
         first = {
             "usage": self.retention.first_usage_day(today),
             **dict.fromkeys(_OF_DAYS, self.retention.first_minute_day(today)),
-            **dict.fromkeys(_OF_MONTHS, today - timedelta(days=self.retention.rollups - 1)),
+            **dict.fromkeys((*_OF_MONTHS, *_OF_WEEKS), today - timedelta(days=self.retention.rollups - 1)),
         }
         dropped = []
         async with database.changing() as connection:
@@ -102,17 +104,18 @@ def usage_partition(day: date) -> str:
 def _parts(day: date) -> list[tuple[str, str, date, date]]:
     """Name, table, first day and the day after the last one."""
     tomorrow = day + timedelta(days=1)
-    month = day.replace(day=1)
+    months = {table: day.replace(day=1) for table in _OF_MONTHS}
+    months |= {table: week_of(day).replace(day=1) for table in _OF_WEEKS}
     return [
         (usage_partition(day), "usage", day, tomorrow),
         *((f"{table}_{day:%Y%m%d}", table, day, tomorrow) for table in _OF_DAYS),
-        *((f"{table}_{month:%Y%m}", table, month, next_month(day)) for table in _OF_MONTHS),
+        *((f"{table}_{month:%Y%m}", table, month, next_month(month)) for table, month in months.items()),
     ]
 
 
 def _end_of(name: str) -> date:
-    """The day after a partition's last, by its name."""
+    """The day after a partition's last, by its name; of months the day after the last week that began in them."""
     digits = name.rpartition("_")[2]
     if len(digits) == 8:
         return datetime.strptime(digits, "%Y%m%d").date() + timedelta(days=1)
-    return next_month(datetime.strptime(digits, "%Y%m").date())
+    return week_of(next_month(datetime.strptime(digits, "%Y%m").date()) - timedelta(days=1)) + timedelta(days=7)

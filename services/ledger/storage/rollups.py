@@ -1,4 +1,4 @@
-"""Roll-ups: sums of the records by series and minute, hour and day, changed in the transaction that writes them."""
+"""Roll-ups: sums of the records by series and grain of time, changed in the transaction that writes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from services.ledger.storage.database import Connection
-from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS
+from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS, WEEK_MS
 from services.ledger.storage.usage_rows import Integers
 
 MEASURES: Final = (
@@ -26,7 +26,7 @@ MEASURES: Final = (
     "response_bytes",
 )
 # Milliseconds, the finest first.
-GRAINS: Final = {"minute": MINUTE_MS, "hour": HOUR_MS, "day": DAY_MS}
+GRAINS: Final = {"minute": MINUTE_MS, "hour": HOUR_MS, "day": DAY_MS, "week": WEEK_MS}
 
 
 def _upsert(table: str) -> str:

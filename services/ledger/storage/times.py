@@ -6,6 +6,8 @@ from datetime import UTC, date, datetime, timedelta
 from typing import TypeVar
 
 MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
+# Weeks begin on Thursdays, as the epoch does.
+WEEK_MS = 7 * DAY_MS
 
 Day = TypeVar("Day", date, datetime)
 
@@ -25,6 +27,11 @@ def day_of(at_ms: int) -> date:
 
 def midnight_ms(day: date) -> int:
     return (day - date(1970, 1, 1)).days * DAY_MS
+
+
+def week_of(day: date) -> date:
+    """Its first day."""
+    return day_of(midnight_ms(day) // WEEK_MS * WEEK_MS)
 
 
 def next_month(day: Day) -> Day:

@@ -17,13 +17,26 @@ def test_days_and_months_have_partitions_of_their_own():
         "margin_day_202612": ("2026-12-01", "2027-01-01"),
         "rollup_hour_202612": ("2026-12-01", "2027-01-01"),
         "rollup_day_202612": ("2026-12-01", "2027-01-01"),
+        "rollup_week_202612": ("2026-12-01", "2027-01-01"),
+        "margin_week_202612": ("2026-12-01", "2027-01-01"),
     }
 
 
-def test_a_partition_is_over_on_the_day_after_its_last():
+def test_a_week_is_in_the_month_in_which_it_begins():
+    # A Sunday, in a week that began on Thursday the 26th.
+    tables = {table: str(first) for _, table, first, _ in _parts(date(2026, 3, 1))}
+    assert tables["rollup_day"] == "2026-03-01"
+    assert tables["rollup_week"] == tables["margin_week"] == "2026-02-01"
+
+
+def test_a_day_is_over_on_the_next_and_a_month_with_the_last_week_that_began_in_it():
     for day in (date(2026, 2, 28), date(2026, 12, 31), date(2028, 2, 29)):
-        for name, _, _, end in _parts(day):
-            assert _end_of(name) == end
+        for name, table, _, end in _parts(day):
+            if "minute" in table or table in ("usage", "key_sample"):
+                assert _end_of(name) == end
+            else:
+                assert 0 <= (_end_of(name) - end).days < 7
+                assert _end_of(name).isoweekday() == 4
 
 
 def test_the_first_day_kept_counts_today():
