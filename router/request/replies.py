@@ -10,6 +10,7 @@ import grpc
 
 from cache.mesh import Found, Mesh
 from router.accounting.accounts import Accounts
+from router.accounting.meter import CPU
 from router.accounting.request_metrics import OK, STEP, LabelValues
 from router.request.audit import Audit
 from router.request.call import Call
@@ -58,7 +59,7 @@ class Replies:
             self._meter.answered(
                 labels,
                 trace,
-                model.provider,
+                model.worker_type,
                 found.entry,
                 call.start,
                 end,
@@ -157,8 +158,8 @@ class Replies:
         self._requests.failed(model, version, kind)
         call.failed = labels, len(call.trace.stages)
         if self._meter is not None:
-            provider = call.model.provider if call.model is not None else ""
-            self._meter.failed(labels, call.trace, provider, call.start, end, call.router_ns, len(call.data))
+            worker_type = call.model.worker_type if call.model is not None else CPU
+            self._meter.failed(labels, call.trace, worker_type, call.start, end, call.router_ns, len(call.data))
         kept = "sampled" if call.trace.sampled else "failed"
         return partial(self._keep, call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
 

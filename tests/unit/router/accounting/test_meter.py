@@ -12,6 +12,7 @@ from cache.tiers.entry import Entry
 from router.accounting.key_samples import KeySamples
 from router.accounting.usage import Up, Usage
 from services.ledger.ingest.batch import read
+from services.runtime.telemetry.tracing import Trace
 from tests.unit.router.request.test_path import DIGEST, WRONG, Router, request
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -134,6 +135,29 @@ async def test_what_is_computed_after_the_caller_left_is_charged_to_its_request(
     assert [*batch.requests] == [1, 0]
     assert [*batch.compute_us] == [0, 250]
     assert {dimension(batch, record).status for record in (0, 1)} == {"CANCELLED"}
+
+
+async def test_a_model_that_a_worker_with_a_gpu_runs_on_its_cpu_is_charged_as_that_worker():
+    """Which is paid for as a GPU's: a price of its own would be paid beside that."""
+    router = Router()
+    router.member.worker_type = "gpu"
+    router.send()
+    await asyncio.sleep(0)
+    router.worker.end(result())
+    batch = await only_batch(router)
+    assert dimension(batch, 0).worker_type == "gpu"
+
+
+async def test_steps_on_workers_of_several_types_are_charged_at_the_price_of_each():
+    router = Router()
+    trace = Trace(TRACE, "", sampled=True)
+    for kind, us in (("cpu", 70), ("gpu", 250), ("gpu", 30), ("cpu", 5)):
+        trace.span("execute", 0, 1, {}, worker="w", worker_type=kind, result=result(share_us=us))
+    router.meter.failed(("infer", "m", "1", "", "INTERNAL", "error"), trace, "cpu", NOW * 10**9, NOW * 10**9, 0, 9)
+    batch = await only_batch(router)
+    charged = [(dimension(batch, record).worker_type, batch.compute_us[record]) for record in range(3)]
+    assert charged == [("cpu", 70), ("gpu", 280), ("cpu", 5)]
+    assert [*batch.requests] == [0, 0, 1]
 
 
 async def test_what_joined_a_run_on_the_worker_is_not_charged_twice():
