@@ -401,7 +401,9 @@ def test_a_router_that_is_killed_while_its_batch_is_written(start_ledger, table,
     asyncio.run(assert_grains_agree(ledger))
 
 
-@pytest.mark.parametrize("table", ["usage", "rollup_minute", "margin_minute", "worker_minute", "key_sample"])
+@pytest.mark.parametrize(
+    "table", ["usage", "rollup_minute", "margin_minute", "worker_minute", "key_sample", "batch_digest"]
+)
 def test_any_partition_that_was_dropped_by_hand_is_made_again(start_ledger, table):
     ledger, tenant = start_ledger(), unique("tenant")
     sender, at_ms = Sender(ledger), now_ms()
