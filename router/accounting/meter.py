@@ -111,7 +111,7 @@ class Meter:
             fold = self._folds.get(labels)
             if fold is None:
                 fold = self._folds[labels] = Fold(worker_type)
-        total_ns = _elapsed(start_ns, end_ns)
+        total_ns = elapsed(start_ns, end_ns)
         router_ns = max(0, router_ns) or total_ns
         compute_us = _compute_us(trace)  # of an embedding
         fold.requests += 1
@@ -158,7 +158,7 @@ class Meter:
         response_bytes: int,
         requests: int = 1,
     ) -> None:
-        total_ns = _elapsed(start_ns, end_ns)
+        total_ns = elapsed(start_ns, end_ns)
         router_ns = max(0, router_ns) or total_ns
         cache_ns, kind = _cache_ns(trace), worker_type
         queue_us = run_us = compute_us = batch_requests = batch_rows = 0
@@ -227,7 +227,7 @@ def type_of_worker(providers: Iterable[str]) -> str:
     return GPU if any(provider not in _CPU for provider in providers) else CPU
 
 
-def _elapsed(start_ns: int, end_ns: int) -> int:
+def elapsed(start_ns: int, end_ns: int) -> int:
     """The time between; 0 if the clock was set back meanwhile."""
     return max(0, end_ns - start_ns)
 
@@ -237,7 +237,7 @@ def _cache_ns(trace: Trace) -> int:
     total = 0
     for stage in trace.stages:
         if stage.result is None and stage.name[:6] == "cache.":
-            total += _elapsed(stage.start_ns, stage.end_ns)
+            total += elapsed(stage.start_ns, stage.end_ns)
     return total
 
 
