@@ -95,7 +95,8 @@ class Budgets:
                 limit.budget = lease.budget
                 limit.renews_at_ms = lease.renews_at_ms
                 limit.until = at + lease.amount_nano * _FINE
-                limit.next_nano = lease.next_nano
+                # An older ledger does not say so, and answers within seconds: what it leases to one who asks first.
+                limit.next_nano = lease.next_nano or lease.budget.hard_nano // 2
                 limit.is_ahead = False
             limits.setdefault((lease.budget.tenant, lease.budget.model), []).append(limit)
         self._rates = dict(answer.nano_per_second)

@@ -134,6 +134,18 @@ def test_of_a_period_that_begins_while_the_ledger_is_down_a_router_spends_its_pa
     assert lets_in(budgets, 20) == 7
 
 
+def test_a_router_that_is_newer_than_its_ledger_refuses_nothing_where_a_period_begins():
+    clock = Clock(MONTH / 1000 - 1)
+    budgets = Budgets(clock)
+    answer = leases(5, tenant="acme")
+    answer.leases[0].budget.hard_nano = 12
+    renew(budgets, answer)
+    clock.now += 1
+    assert lets_in(budgets, 20) == 6
+    renew(budgets, leases(3, renews_at_ms=MONTH + 31 * 86_400_000, tenant="acme"))
+    assert lets_in(budgets, 20) == 3
+
+
 def test_a_router_whose_clock_was_ahead_and_is_set_back_spends_from_the_ledgers_lease():
     clock = Clock(MONTH / 1000 + 1)
     budgets = Budgets(clock)
