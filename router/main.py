@@ -15,7 +15,6 @@ from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
 from router.accounting.ledger_sender import LedgerSender
 from router.accounting.ledger_spool import LedgerSpool
-from router.accounting.meter import worker_type
 from router.accounting.usage import Up, Usage
 from router.membership.fleet import Fleet
 from router.operator.service import OperatorService
@@ -129,11 +128,10 @@ def _start_upkeep(router: Router) -> None:
 
 
 def _up(fleet: Fleet) -> Iterator[Up]:
-    """The workers that are up. One that runs a model on a GPU is of that type."""
+    """The workers that are up."""
     for member in fleet.view.members.values():
         if member.healthy:
-            types = {worker_type(model.provider) for model in member.models}
-            yield Up(member.worker_id, max(types, default="cpu"), member.region)
+            yield Up(member.worker_id, member.worker_type, member.region)
 
 
 def _models(router: Router) -> dict[bytes, str]:

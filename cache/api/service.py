@@ -268,6 +268,12 @@ def _check_key(key: bytes, field: str) -> None:
 
 
 def _check_names(namespace: str, tenant: str) -> None:
+    if not namespace:
+        raise InvalidArgumentError(
+            "namespace is empty; name it after your service and its data, such as ledger.queries: services whose items "
+            "are in one overwrite each other's",
+            field="namespace",
+        )
     if len(namespace) > _MAX_NAME:
         raise InvalidArgumentError(f"namespace has {len(namespace)} characters; at most {_MAX_NAME}", field="namespace")
     check_tenant(tenant, "tenant")

@@ -82,18 +82,21 @@ class Budgets:
 
     def renewed(self, answer: ledger_pb2.LeaseResponse, spent: list[tuple[Limit, int]]) -> None:
         """Takes new leases in place of the old ones. What was spent after the request counts against them."""
+        now_ms = self._clock() * 1000
         known = {_key(limit.budget): (limit, at) for limit, at in spent}
         limits: dict[tuple[str, str], list[Limit]] = {}
         for lease in answer.leases:
             limit, at = known.get(_key(lease.budget), (Limit(lease.budget), 0))
-            # By the ledger's clock, the period that is over here may still last: its lease was spent in it.
-            if not (limit.is_ahead and lease.renews_at_ms < limit.renews_at_ms):
+            # By the ledger's clock, the period that is over here may still last: its lease was spent in it. Where it
+            # is not over here either, this router's clock was ahead and was set back.
+            if not lease.renews_at_ms < limit.renews_at_ms or now_ms < lease.renews_at_ms:
                 if lease.renews_at_ms > limit.renews_at_ms or limit.is_ahead:
                     limit.lost = 0
                 limit.budget = lease.budget
                 limit.renews_at_ms = lease.renews_at_ms
                 limit.until = at + lease.amount_nano * _FINE
-                limit.next_nano = lease.next_nano
+                # An older ledger does not say so, and answers within seconds: what it leases to one who asks first.
+                limit.next_nano = lease.next_nano or lease.budget.hard_nano // 2
                 limit.is_ahead = False
             limits.setdefault((lease.budget.tenant, lease.budget.model), []).append(limit)
         self._rates = dict(answer.nano_per_second)

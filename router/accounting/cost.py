@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from router.accounting.meter import COMPUTED, worker_type
+from router.accounting.meter import COMPUTED, CPU, device_of
 from router.accounting.request_metrics import RequestMetrics
 from services.runtime.errors import NotFoundError, UnavailableError
 from services.runtime.telemetry.metrics import Family, Sample
@@ -34,7 +34,7 @@ class Prices(NamedTuple):
 
     def of(self, provider: str) -> float:
         """The price of one second of a model that runs on `provider`."""
-        return self.cpu_second if worker_type(provider) == "cpu" else self.gpu_second
+        return self.cpu_second if device_of(provider) == CPU else self.gpu_second
 
 
 class CostMetrics:

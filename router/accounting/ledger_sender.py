@@ -14,8 +14,10 @@ from google.protobuf.message import DecodeError
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
 from router.accounting.ledger_spool import LedgerSpool, Spooled
+from router.accounting.usage_batch import is_empty
 from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
+from services.runtime.rpc.rpc import refused_field
 from services.runtime.rpc.service_tls import ServiceTls, open_channel
 from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -32,6 +34,11 @@ _SECONDS: Final = 10.0
 _LEASE_SECONDS: Final = 5.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
 _REJECTED = "rejected"
+_RESULTS: Final = (
+    ledger_pb2.AppendResponse.RESULT_WRITTEN,
+    ledger_pb2.AppendResponse.RESULT_DUPLICATE,
+    ledger_pb2.AppendResponse.RESULT_GAP,
+)
 
 
 class LedgerSender:
@@ -142,8 +149,10 @@ class LedgerSender:
         try:
             answer = await self._stub.Append(request, timeout=_SECONDS)
         except grpc.aio.AioRpcError as error:
-            return await self._refused(one, error)
+            return await self._refused(one, batch, error)
         async with self._disk:
+            if answer.result not in _RESULTS:
+                return False  # it was damaged on its way
             if answer.result == ledger_pb2.AppendResponse.RESULT_GAP:
                 log.error(
                     "the ledger has batches up to %d and not %d: it lost some", answer.last_sequence, one.sequence
@@ -154,20 +163,25 @@ class LedgerSender:
                 self.sent += 1
         return True
 
-    async def _refused(self, one: Spooled, error: grpc.aio.AioRpcError) -> bool:
+    async def _refused(self, one: Spooled, batch: bytes, error: grpc.aio.AioRpcError) -> bool:
+        details = error.details() or ""
         async with self._disk:
             match error.code():
+                case grpc.StatusCode.INVALID_ARGUMENT if not refused_field(error).startswith("batch"):
+                    # Not what the batch says is refused, so it was damaged on its way: in the spool, it was whole.
+                    log.warning("batch %s came damaged to the ledger, and is sent again: %s", one.name, details)
+                    return False
                 case grpc.StatusCode.INVALID_ARGUMENT:
-                    log.error("the ledger refuses usage of %d requests: %s", one.requests, error.details())
+                    log.error("the ledger refuses usage of %d requests: %s", one.requests, details)
                     await asyncio.to_thread(self._spool.give_up, one, _REJECTED)
                     return bool(one.records)  # if the replacement is refused too, pause
-                case grpc.StatusCode.FAILED_PRECONDITION if "start a new epoch" in (error.details() or ""):
-                    if one.epoch != self._spool.epoch and not one.records:
-                        # It was written before its file was damaged.
+                case grpc.StatusCode.FAILED_PRECONDITION if "start a new epoch" in details:
+                    if not one.records and is_empty(batch):
+                        # It stands for one that was written before its file was damaged.
                         await asyncio.to_thread(self._spool.written, one)
                     else:
-                        log.error("another process sends usage in this router's name: %s", error.details())
-                        await asyncio.to_thread(self._spool.begin_again)
+                        log.error("another router has this one's id; it goes on with a new one: %s", details)
+                        await asyncio.to_thread(self._spool.begin_again, is_shared=True)
                     return True
         denied = error.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
         level = logging.WARNING if denied else logging.DEBUG

@@ -179,16 +179,20 @@ class LedgerSpool:
                 del self._waiting[place]
                 return
 
-    def begin_again(self) -> None:
-        """Gives all that waits new numbers in a new epoch: those of its own are used, or not followed by the ledger."""
-        old = self._waiting
+    def begin_again(self, *, is_shared: bool = False) -> None:
+        """Gives all that waits new numbers in a new epoch: the ledger does not follow its own.
+
+        `is_shared`: another router has this one's id, as where the machine was cloned, and used them: it gets a new id.
+        """
+        if is_shared:
+            self.router_id = self._new_id()
         self._begin_epoch()
-        self._waiting = []
-        for one in old:
+        # In place: others look at what waits meanwhile.
+        for place, one in enumerate(self._waiting):
             new = Spooled(self._epoch, self._next, one.records, one.requests, one.size)
             self._next += 1
             (self._folder / one.name).rename(self._folder / new.name)
-            self._waiting.append(new)
+            self._waiting[place] = new
 
     def _give_up_oldest(self) -> None:
         """The first of an epoch may have been sent: it keeps its bytes."""
@@ -214,9 +218,12 @@ class LedgerSpool:
 
     def _read_id(self) -> str:
         file = self._folder / "router-id"
-        if not file.exists() or not _text(file):
-            self._replace(file.name, f"{uuid.uuid4().hex}\n".encode())
-        return _text(file)
+        return (file.exists() and _text(file)) or self._new_id()
+
+    def _new_id(self) -> str:
+        made = uuid.uuid4().hex
+        self._replace("router-id", f"{made}\n".encode())
+        return made
 
     def _begin_epoch(self) -> None:
         """Later than any before, though the clock was set back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations  # compiled by mypyc
 
 import time
+from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from cache.tiers.entry import Entry
@@ -14,12 +15,15 @@ from services.runtime.telemetry.tracing import Trace
 # Labels and worker type, then COLUMNS of a batch, and the trace id.
 Record: TypeAlias = tuple[LabelValues, str, int, int, int, int, int, int, int, int, int, int, int, int, int, int, bytes]
 
+# Worker types.
+CPU: Final = "cpu"
+GPU: Final = "gpu"
 # The worker type of routers, whose time is priced too.
 ROUTER: Final = "router"
 # Tenants beyond the bound are counted under this name.
 OTHER_TENANTS: Final = "(other)"
 _DAY_NS: Final = 86_400 * 10**9
-_CPU = frozenset({"CPUExecutionProvider", "ensemble", ""})
+_CPU = frozenset({"CPUExecutionProvider", "OpenVINOExecutionProvider", "ensemble", ""})
 COMPUTED = frozenset({"miss", "bypass"})
 
 
@@ -75,7 +79,7 @@ class Meter:
         self,
         labels: LabelValues,
         trace: Trace,
-        provider: str,
+        worker_type: str,
         entry: Entry,
         start_ns: int,
         end_ns: int,
@@ -87,24 +91,27 @@ class Meter:
     ) -> None:
         """Counts an answer. `alone`: it gets a record of its own even if it is a hit, because its trace is retained.
 
-        `router_ns`: the time before the request waited; 0: it never did. `key`: a hash of the request, or empty.
+        `worker_type`: of the workers that hold the model, which prices what a hit saved. `router_ns`: the time before
+        the request waited; 0: it never did. `key`: a hash of the request, or empty.
         """
         outcome = labels[5]
         if key and key[0] < self.samples.below:
-            model, version, kind, at_ms = labels[1], labels[2], worker_type(provider), end_ns // 1_000_000
-            self.samples.add(model, version, kind, key, entry, at_ms, cacheable=outcome != "bypass")
+            model, version, at_ms = labels[1], labels[2], end_ns // 1_000_000
+            self.samples.add(model, version, worker_type, key, entry, at_ms, cacheable=outcome != "bypass")
         computed = outcome in COMPUTED
         if computed or alone:
             saved_us = 0 if computed else entry.compute_us
-            self._add(labels, trace, provider, start_ns, end_ns, router_ns, saved_us, request_bytes, len(entry.value))
+            self._add(
+                labels, trace, worker_type, start_ns, end_ns, router_ns, saved_us, request_bytes, len(entry.value)
+            )
             return
         fold = self._folds.get(labels)
         if fold is None:
             labels = self._bounded(labels, end_ns)
             fold = self._folds.get(labels)
             if fold is None:
-                fold = self._folds[labels] = Fold(worker_type(provider))
-        total_ns = _elapsed(start_ns, end_ns)
+                fold = self._folds[labels] = Fold(worker_type)
+        total_ns = elapsed(start_ns, end_ns)
         router_ns = max(0, router_ns) or total_ns
         compute_us = _compute_us(trace)  # of an embedding
         fold.requests += 1
@@ -122,27 +129,27 @@ class Meter:
         self,
         labels: LabelValues,
         trace: Trace,
-        provider: str,
+        worker_type: str,
         start_ns: int,
         end_ns: int,
         router_ns: int,
         request_bytes: int,
     ) -> None:
         """Counts a request that failed."""
-        self._add(labels, trace, provider, start_ns, end_ns, router_ns, 0, request_bytes, 0)
+        self._add(labels, trace, worker_type, start_ns, end_ns, router_ns, 0, request_bytes, 0)
 
     def computed_late(self, labels: LabelValues, trace: Trace, known_stages: int) -> None:
         """Counts what was computed for a request after it had failed; it was counted with `known_stages` stages."""
         late = Trace(trace.trace_id, "", False)
         late.stages = trace.stages[known_stages:]
         now = time.time_ns()
-        self._add(labels, late, "", now, now, 0, 0, 0, 0, requests=0)
+        self._add(labels, late, CPU, now, now, 0, 0, 0, 0, requests=0)
 
     def _add(
         self,
         labels: LabelValues,
         trace: Trace,
-        provider: str,
+        worker_type: str,
         start_ns: int,
         end_ns: int,
         router_ns: int,
@@ -151,18 +158,23 @@ class Meter:
         response_bytes: int,
         requests: int = 1,
     ) -> None:
-        total_ns = _elapsed(start_ns, end_ns)
+        total_ns = elapsed(start_ns, end_ns)
         router_ns = max(0, router_ns) or total_ns
-        cache_ns, compute_us = _cache_ns(trace), _compute_us(trace)
-        queue_us = run_us = batch_requests = batch_rows = 0
+        cache_ns, kind = _cache_ns(trace), worker_type
+        queue_us = run_us = compute_us = batch_requests = batch_rows = 0
         for stage in trace.stages:
             if stage.result is not None:
                 timing = stage.result.timing
                 queue_us += timing.queue_us
                 run_us += timing.compute_us
                 batch_requests, batch_rows = timing.batch_requests, timing.batch_rows
-                provider = timing.provider or provider
-        kind = worker_type(provider)
+                if compute_us and stage.worker_type != kind:
+                    # Steps of an ensemble ran on workers of several types, each at its own price.
+                    self._charge(labels, kind, end_ns, compute_us)
+                    compute_us = 0
+                kind = stage.worker_type
+                if not timing.joined:
+                    compute_us += timing.share_us
         labels = self._bounded(labels, end_ns)
         self._records.append(
             (
@@ -173,6 +185,14 @@ class Meter:
         )  # fmt: skip
         if self._budgets.limits:
             self._budgets.charge(labels[3], labels[1], kind, compute_us, router_ns)
+
+    def _charge(self, labels: LabelValues, worker_type: str, end_ns: int, compute_us: int) -> None:
+        """Adds what a request computed beside what its own record holds."""
+        labels = self._bounded(labels, end_ns)
+        at_ms = end_ns // 1_000_000
+        self._records.append((labels, worker_type, at_ms, 0, 0, 0, 0, 0, 0, compute_us, 0, 0, 0, 0, 0, 0, b""))
+        if self._budgets.limits:
+            self._budgets.charge(labels[3], labels[1], worker_type, compute_us, 0)
 
     def _bounded(self, labels: LabelValues, now_ns: int) -> LabelValues:
         """The same, with OTHER_TENANTS in place of a tenant beyond the bound."""
@@ -194,12 +214,20 @@ class Meter:
         return taken
 
 
-def worker_type(provider: str) -> str:
-    """The type under which the ledger prices workers that compute with `provider`."""
-    return "cpu" if provider in _CPU else "gpu"
+def device_of(provider: str) -> str:
+    """What the execution provider computes on."""
+    return CPU if provider in _CPU else GPU
 
 
-def _elapsed(start_ns: int, end_ns: int) -> int:
+def type_of_worker(providers: Iterable[str]) -> str:
+    """The type under which the ledger prices a worker whose models run with `providers`.
+
+    One that runs a model on a GPU is paid for as such, whatever else it runs: all that it computes has that price.
+    """
+    return GPU if any(provider not in _CPU for provider in providers) else CPU
+
+
+def elapsed(start_ns: int, end_ns: int) -> int:
     """The time between; 0 if the clock was set back meanwhile."""
     return max(0, end_ns - start_ns)
 
@@ -209,7 +237,7 @@ def _cache_ns(trace: Trace) -> int:
     total = 0
     for stage in trace.stages:
         if stage.result is None and stage.name[:6] == "cache.":
-            total += _elapsed(stage.start_ns, stage.end_ns)
+            total += elapsed(stage.start_ns, stage.end_ns)
     return total
 
 

@@ -126,7 +126,9 @@ class Usage:
         keys, below = self._meter.samples.thinned(taken)
         now = self._clock()
         self._add_uptime(int(now))
-        if not (records or folds or now >= self._uptime_due):
+        # The clock may have been set back since: then what is due is farther away than it ever is.
+        is_early = now < self._uptime_due <= now + _UPTIME_SECONDS
+        if is_early and not (records or folds):
             return
         uptime, self._uptime, self._uptime_due = self._uptime, {}, now + _UPTIME_SECONDS
         samples = [self._sample(name, seen, below) for name, seen in keys.items()]

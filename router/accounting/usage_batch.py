@@ -80,3 +80,9 @@ def encode(
     for dimension in records.dimensions:
         batch.dimensions.add(**dimension._asdict())
     return batch.SerializeToString()
+
+
+def is_empty(batch: bytes) -> bool:
+    """Whether a serialized Batch holds nothing but what was dropped."""
+    held = ledger_pb2.Batch.FromString(batch)
+    return not (held.at_ms or held.worker_times or held.key_samples)

@@ -9,6 +9,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.policy.freshness import Freshness, tightest
+from router.accounting.meter import CPU, type_of_worker
 from services.runtime.errors import UnavailableError
 from services.runtime.oip import ensemble
 from services.runtime.oip.absent_model import absent, unreachable
@@ -31,6 +32,7 @@ class ModelEntry:
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
       `step_digests`: of the models that they run.
     - `runnable`: whether a worker may run it.
+    - `worker_type`: of the workers that hold it, as the ledger prices them; of several types, the cheaper.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ModelEntry:
     provider: str = ""
     limits_queue: bool = False
     runnable: Verdict = YES
+    worker_type: str = CPU
 
 
 class Catalog:
@@ -81,10 +84,15 @@ class Catalog:
         # Ensembles that a worker runs whole.
         whole: set[tuple[str, str]] = set()
         self._has_workers = False
-        for models in holdings:
+        types: dict[tuple[str, str], str] = {}
+        for holding in holdings:
             self._has_workers = True
+            models = [*holding]
+            of_worker = type_of_worker(model.provider for model in models)
             for model in models:
-                found.setdefault((model.name, model.version), model)
+                key = (model.name, model.version)
+                found.setdefault(key, model)
+                types[key] = CPU if of_worker == CPU else types.get(key, of_worker)
                 if model.HasField("ensemble") and not model.ensemble.not_runnable:
                     whole.add((model.name, model.version))
         # By model, oldest first.
@@ -92,7 +100,7 @@ class Catalog:
         for name, version in sorted(found, key=lambda key: (key[0], int(key[1]))):
             self.versions.setdefault(name, []).append(version)
         self._entries = {
-            key: _entry(model, self.versions[model.name], isolates=isolates) for key, model in found.items()
+            key: _entry(model, self.versions[model.name], types[key], isolates=isolates) for key, model in found.items()
         }
         for name, versions in self.versions.items():
             self._entries[name, ""] = self._entries[name, versions[-1]]
@@ -176,7 +184,7 @@ def _signature(model: inference_pb2.ModelVersion) -> ensemble.Signature:
     )
 
 
-def _entry(model: inference_pb2.ModelVersion, versions: list[str], *, isolates: bool) -> ModelEntry:
+def _entry(model: inference_pb2.ModelVersion, versions: list[str], worker_type: str, *, isolates: bool) -> ModelEntry:
     metadata = v2.ModelMetadataResponse()
     metadata.CopyFrom(model.metadata)
     metadata.versions[:] = versions
@@ -192,6 +200,7 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str], *, isolates: 
         row_cache=model.row_cache,
         max_request_rows=model.max_request_rows,
         provider=model.provider,
+        worker_type=worker_type,
         hedged=model.hedged,
         limits_queue=model.limits_queue,
         semantic_threshold=model.semantic_threshold,

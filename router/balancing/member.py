@@ -8,6 +8,7 @@ from typing import Final, Protocol
 
 from ringmesh.inference.v1 import inference_pb2
 
+from router.accounting.meter import CPU
 from router.balancing.catalog import ModelEntry
 from router.transport.worker_client import EnvelopeItem
 from router.transport.worker_load import WorkerLoad
@@ -70,6 +71,8 @@ class Member:
         # The last decision on each model that was loaded or unloaded there by request.
         self.decisions: tuple[inference_pb2.ModelDecision, ...] = ()
         self.models: tuple[inference_pb2.ModelVersion, ...] = ()
+        # As the ledger prices it.
+        self.worker_type = CPU
         # Versions that the worker could not load.
         self.failed: tuple[inference_pb2.FailedVersion, ...] = ()
         # Versions that it may be asked for: those that the fleet has not replaced meanwhile.

@@ -411,6 +411,7 @@ class _Attempt:
             kind=Kind.CLIENT,
             error=error,
             worker=worker,
+            worker_type=candidate.member.worker_type,
             result=result,
         )
 

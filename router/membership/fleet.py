@@ -12,6 +12,7 @@ from typing import Any
 
 from ringmesh.inference.v1 import inference_pb2
 
+from router.accounting.meter import type_of_worker
 from router.balancing.catalog import Catalog
 from router.balancing.member import Listing, Member
 from router.balancing.pool import pools
@@ -291,6 +292,7 @@ class Fleet:
             return
         before, held = ({(model.name, model.version) for model in listed} for listed in (member.models, models))
         member.models = models
+        member.worker_type = type_of_worker(model.provider for model in models)
         member.partly = {
             (model.name, model.version): model.ensemble.not_runnable for model in models if model.ensemble.not_runnable
         }

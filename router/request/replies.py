@@ -10,6 +10,7 @@ import grpc
 
 from cache.mesh import Found, Mesh
 from router.accounting.accounts import Accounts
+from router.accounting.meter import CPU, elapsed
 from router.accounting.request_metrics import OK, STEP, LabelValues
 from router.request.audit import Audit
 from router.request.call import Call
@@ -47,7 +48,7 @@ class Replies:
         assert model is not None
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
         end = time.time_ns()
-        slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
+        slow = self._requests.count(labels, elapsed(call.start, end), found.entry.compute_us)
         trace = call.trace
         if self._tracer.ratios:
             self._tracer.sample(trace, model.name)
@@ -58,7 +59,7 @@ class Replies:
             self._meter.answered(
                 labels,
                 trace,
-                model.provider,
+                model.worker_type,
                 found.entry,
                 call.start,
                 end,
@@ -153,12 +154,12 @@ class Replies:
         end = time.time_ns()
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, "error")
-        self._requests.count(labels, end - call.start, 0)
+        self._requests.count(labels, elapsed(call.start, end), 0)
         self._requests.failed(model, version, kind)
         call.failed = labels, len(call.trace.stages)
         if self._meter is not None:
-            provider = call.model.provider if call.model is not None else ""
-            self._meter.failed(labels, call.trace, provider, call.start, end, call.router_ns, len(call.data))
+            worker_type = call.model.worker_type if call.model is not None else CPU
+            self._meter.failed(labels, call.trace, worker_type, call.start, end, call.router_ns, len(call.data))
         kept = "sampled" if call.trace.sampled else "failed"
         return partial(self._keep, call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
 

@@ -475,7 +475,7 @@ def cost(
     address = _address("ledger", ledger, state)
     console = _console()
     if export is not None:
-        written = show.export(address, since or "1h", until, export)
+        written = show.export(address, "1h" if since is None else since, until, export)
         console.print(f"{export}: {written:,} bytes")
     elif forecast:
         expected = show.forecast(address)
@@ -499,10 +499,15 @@ def advice(
     since: Annotated[str, typer.Option(help="An age or a time; at most 48 hours ago.")] = "24h",
     until: Until = None,
     latency: Annotated[
-        float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 computed requests may wait and run.")
+        float,
+        typer.Option(
+            min=0.001,
+            max=86_400_000,
+            help="Milliseconds that 99 in 100 computed requests may wait and run.",
+        ),
     ] = 100,
     worker_type: Annotated[str, typer.Option(help="Only what such workers compute; without it, all.")] = "",
-    memory_price: Annotated[float, typer.Option(min=0, help="Of an hour of 1 GB of cache.")] = 0.005,
+    memory_price: Annotated[float, typer.Option(min=0, max=1_000_000_000, help="Of an hour of 1 GB of cache.")] = 0.005,
     is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     ledger: LedgerOption = None,
     state: StateOption = STATE,
@@ -535,8 +540,11 @@ def set_price(
     currency: Annotated[str, typer.Option(help="By ISO 4217.")] = "USD",
     since: Annotated[str | None, typer.Option(help="A whole hour of UTC; this hour without it.")] = None,
     until: Annotated[str | None, typer.Option(help="A whole hour of UTC; until further notice without it.")] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Runs that one makes at once.")] = 1,
-    watts: Annotated[float, typer.Option(min=0, help="Measured power, where energy is paid for separately.")] = 0,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="Runs that one makes at once.")] = 1,
+    watts: Annotated[
+        float,
+        typer.Option(min=0, max=1_000_000_000, help="Measured power, where energy is paid for separately."),
+    ] = 0,
     kwh: Annotated[str, typer.Option(help="Price of a kilowatt hour.")] = "0",
     gpu: Annotated[bool, typer.Option("--gpu", help="It computes on a GPU.")] = False,
     supersede: Annotated[
@@ -684,7 +692,9 @@ def new(
     role: Annotated[list[str], typer.Option(help="infer, read, operate or admin; may be repeated.")],
     tenant: Annotated[str, typer.Option(help="Tenant of the callers.")] = "",
     model: Annotated[list[str] | None, typer.Option(help="Only for this model; may be repeated.")] = None,
-    days: Annotated[float | None, typer.Option(min=0, help="Days until it expires; default: never.")] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0, max=36_500, help="Days until it expires; default: never.")
+    ] = None,
 ) -> None:
     """Prints a new API key, and adds its hash to the file. Remove its line to revoke it."""
     from services.cli.commands import keys

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from tests import installation
 from tests.bench import models, peers, report, results, triton
-from tests.bench.harness import WARM_UP_SECONDS, build_loadgen
+from tests.bench.harness import WARM_UP_SECONDS, build_loadgen, count, positive
 from tests.bench.peers import InProcess, Peer, Server
 from tests.bench.results import Results, differences, figures
 from tests.bench.workloads import GUARDED, QUICK, WORKLOADS, Workload
@@ -138,8 +138,8 @@ def minutes(plan: Mapping[str, Sequence[int]], each: int, starts: int, seconds: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, help="of each measurement; 3, against a revision 1")
-    parser.add_argument("--rounds", type=int, help="how often each is taken; 3, against a revision 16")
+    parser.add_argument("--seconds", type=positive, help="of each measurement; 3, against a revision 1")
+    parser.add_argument("--rounds", type=count, help="how often each is taken; 3, against a revision 16")
     parser.add_argument("--quick", action="store_true", help="only the main figures")
     parser.add_argument("--only", action="append", metavar="WORKLOAD", choices=[w.name for w in WORKLOADS])
     parser.add_argument("--against", metavar="REVISION", help="compare with this revision or folder, and no peers")

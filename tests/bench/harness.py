@@ -23,6 +23,22 @@ from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 from tests.installation import ROOT
 
 HERE = Path(__file__).parent
+
+
+def positive(text: str) -> float:
+    """For arguments: a finite number above 0. Raises ValueError."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def count(text: str) -> int:
+    """For arguments: a whole number from 1. Raises ValueError."""
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
 WARM_UP_SECONDS = 0.5
 # Arguments: a folder with `tests`, last on the path so that Ringmesh is not imported from it; a module; the module's
 # own arguments.

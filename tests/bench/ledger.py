@@ -33,7 +33,7 @@ from services.ledger.storage.database import READING
 from services.ledger.storage.partitions import usage_partition
 from tests import installation
 from tests.bench.__main__ import measure, two_trees
-from tests.bench.harness import build_loadgen
+from tests.bench.harness import build_loadgen, count, positive
 from tests.bench.results import OTHER, THIS, Results
 from tests.bench.workloads import WORKLOADS
 from tests.installation import SITE_PACKAGES
@@ -361,18 +361,20 @@ def main():
     parser.add_argument("--folder", type=Path, help="where the database is made; without it, of temporary files")
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("ingest")
-    command.add_argument("--seconds", type=float, default=600)
-    command.add_argument("--rate", type=float, default=0, help="records a second; 0: as fast as they are taken")
+    command.add_argument("--seconds", type=positive, default=600)
+    command.add_argument(
+        "--rate", type=positive, default=0, help="records a second; as fast as they are taken without it"
+    )
     command.set_defaults(run=ingest)
     command = commands.add_parser("month")
-    command.add_argument("--calls", type=int, default=50_000_000)
-    command.add_argument("--days", type=int, default=30)
+    command.add_argument("--calls", type=count, default=50_000_000)
+    command.add_argument("--days", type=count, default=30)
     command.add_argument("--write", action="store_true", help="write docs/ledger-plans.md")
     command.set_defaults(run=month)
     command = commands.add_parser("hits")
-    command.add_argument("--seconds", type=float, default=1)
-    command.add_argument("--rounds", type=int, default=12, help="of each start")
-    command.add_argument("--starts", type=int, default=3)
+    command.add_argument("--seconds", type=positive, default=1)
+    command.add_argument("--rounds", type=count, default=12, help="of each start")
+    command.add_argument("--starts", type=count, default=3)
     command.set_defaults(run=hits)
     arguments = parser.parse_args()
     if arguments.folder is not None:

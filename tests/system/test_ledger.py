@@ -4,6 +4,7 @@ import csv
 import heapq
 import io
 import json
+import shutil
 import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -15,6 +16,8 @@ import pytest
 from blake3 import blake3
 from ringmesh.ledger.v1 import ledger_pb2
 
+from router.accounting.ledger_sender import LedgerSender
+from router.accounting.ledger_spool import LedgerSpool
 from services.ledger.reports.miss_ratio import Curve, LookUp
 from tests.public_trace import public_trace
 from tests.system import processes
@@ -114,6 +117,49 @@ def test_two_routers_that_use_one_producer_are_told(ledger, tenant):
     assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert "another process uses this producer; start a new epoch" in refused.value.details()
     assert total(ledger, tenant).requests == 1
+
+
+def test_a_router_that_is_far_behind_another_of_its_id_is_told(ledger, tenant):
+    router_id = unique("router")
+    one, other = Sender(ledger, router_id), Sender(ledger, router_id)
+    batches = [encode([miss(tenant, compute_us=number)]) for number in range(1, 6)]
+    for batch in batches:
+        one.append((), batch=batch)
+    # What they have in common, as after a clone, is counted once.
+    for number in (1, 2):
+        assert other.append((), sequence=number, batch=batches[number - 1]).result == DUPLICATE
+    with pytest.raises(grpc.RpcError, match="another process uses this producer; start a new epoch"):
+        other.append([miss(tenant, compute_us=7)], sequence=3)
+    assert total(ledger, tenant).requests == 5
+
+
+async def test_of_routers_that_were_cloned_nothing_is_lost_or_counted_twice(ledger, tenant, tmp_path):
+    """Their clocks are behind the epoch that they were cloned in, so that the next one of each is the same."""
+    spool = LedgerSpool(tmp_path / "original", 1 << 30, lambda: 1000)
+    spool.open()
+    for _ in range(3):
+        spool.append(encode([miss(tenant)]), 1, 1)
+    spool.close()
+    senders = []
+    for number in range(3):
+        shutil.copytree(tmp_path / "original", tmp_path / f"clone {number}")
+        spool = LedgerSpool(tmp_path / f"clone {number}", 1 << 30, lambda: 1)
+        spool.open()
+        senders.append(LedgerSender(spool, ledger.started.address))
+    assert len({(sender.router_id, sender.epoch) for sender in senders}) == 1
+    for number, sender in enumerate(senders):
+        for _ in range(10 + number):
+            await sender.submit(encode([miss(tenant)]), 1, 1)
+    senders[0].start()
+    await senders[0].close(60)
+    for sender in senders[1:]:
+        sender.start()
+    for sender in senders[1:]:
+        await sender.close(60)
+        assert sender.is_idle
+        assert sender.dropped_requests == 0
+    assert len({sender.router_id for sender in senders}) == 3
+    assert total(ledger, tenant).requests == 3 + 10 + 11 + 12
 
 
 @pytest.mark.parametrize(
@@ -311,6 +357,17 @@ def test_requests_and_idle_time_are_the_bill(ledger, sender, tenant):
     for name in ("requests_nano", "idle_nano", "bill_nano", "paid_us", "used_us", "idle_us"):
         assert sum(getattr(row, name) for row in bill.rows) == getattr(bill.total, name)
     assert bill.total.requests_nano + bill.total.idle_nano == bill.total.bill_nano
+
+
+def test_seconds_of_workers_that_come_after_an_outage_of_days_are_billed_once(ledger, tenant):
+    price(ledger, kind := unique("type"), hourly_nano=3600)
+    hour = (now_ms() - 20 * DAY_MS) // HOUR_MS * HOUR_MS
+    for seconds in (0b0111, 0b1110):
+        told = worker_time(f"w-{kind}", hour // 60_000, seconds, kind)
+        assert Sender(ledger).append([], worker_times=[told]).result == WRITTEN
+    bill = ledger.stub.Bill(ledger_pb2.BillRequest(from_ms=hour, until_ms=hour + HOUR_MS, allow_unpriced=True))
+    (row,) = [row for row in bill.rows if row.worker_type == kind]
+    assert (row.paid_us, row.idle_us, row.bill_nano) == (4_000_000, 4_000_000, 4)
 
 
 def test_a_price_with_slots_is_for_as_many_runs_at_once(ledger, sender, tenant):

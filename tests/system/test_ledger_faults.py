@@ -375,6 +375,52 @@ def test_a_kill_while_the_database_is_created_or_migrated_is_made_good(tmp_path,
     ledger.stop()
 
 
+@pytest.mark.parametrize("victim", ["ledger", "postgres"])
+def test_a_kill_in_the_middle_of_a_migration(start_ledger, victim):
+    """Of a second ledger on the database of the first, which writes again when its table is there."""
+    ledger, tenant = start_ledger(), unique("tenant")
+    sender = Sender(ledger)
+    sender.append([hits(tenant, 3)])
+    settings = {"DATABASE_URL": url_of(ledger), "ADDRESS": processes.free_address(), "METRICS_ADDRESS": "127.0.0.1:0"}
+    environment = {**os.environ, **{f"RINGMESH_{name}": value for name, value in settings.items()}}
+    command, started = [sys.executable, "-m", "services.ledger"], []
+
+    async def kill_while_it_waits():
+        socket = Path(ledger.settings["state_dir"]) / "postgres"
+        await migrations.roll_back(f"postgres://ringmesh@/postgres?socket={socket}")
+        holder, waiting = await connect(ledger), await connect(ledger)
+        await holder.transaction().start()
+        await holder.execute("LOCK TABLE schema_migrations IN SHARE MODE")
+        started.append(await asyncio.to_thread(subprocess.Popen, command, env=environment))
+        async with asyncio.timeout(60):
+            while not await waiting.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+        if victim == "ledger":
+            started[0].kill()
+        else:
+            kill_postgres(ledger)
+        holder.terminate()
+        waiting.terminate()
+
+    asyncio.run(kill_while_it_waits())
+    if victim == "ledger":
+        started.append(subprocess.Popen(command, env=environment))
+    batch = encode([hits(tenant, 4)])
+
+    def is_appended():
+        with suppress(grpc.RpcError):
+            return sender.append((), sequence=2, batch=batch)
+
+    try:
+        eventually(is_appended, 60)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert ledger.report(tenant=tenant).total.requests == 7
+    asyncio.run(assert_grains_agree(ledger))
+
+
 @pytest.mark.parametrize("table", ["producer", "usage", "rollup_minute", "margin_day", "day_version"])
 def test_a_router_that_is_killed_while_its_batch_is_written(start_ledger, table, tmp_path):
     """The ledger may commit what the router never heard of; its next life sends it again."""
@@ -404,7 +450,9 @@ def test_a_router_that_is_killed_while_its_batch_is_written(start_ledger, table,
     asyncio.run(assert_grains_agree(ledger))
 
 
-@pytest.mark.parametrize("table", ["usage", "rollup_minute", "margin_minute", "worker_minute", "key_sample"])
+@pytest.mark.parametrize(
+    "table", ["usage", "rollup_minute", "margin_minute", "worker_minute", "key_sample", "batch_digest"]
+)
 def test_any_partition_that_was_dropped_by_hand_is_made_again(start_ledger, table):
     ledger, tenant = start_ledger(), unique("tenant")
     sender, at_ms = Sender(ledger), now_ms()
@@ -527,7 +575,11 @@ def test_migrations_go_back_and_forth(start_ledger):
     kill_ledger(ledger)
     refused = subprocess.run(
         [sys.executable, "-m", "services.ledger"],
-        env={**os.environ, **{f"RINGMESH_{name.upper()}": str(value) for name, value in ledger.settings.items()}},
+        env={
+            **os.environ,
+            **{f"RINGMESH_{name.upper()}": str(value) for name, value in ledger.settings.items()},
+            "RINGMESH_METRICS_ADDRESS": "127.0.0.1:0",
+        },
         capture_output=True,
         text=True,
         timeout=60,
@@ -544,9 +596,9 @@ def test_weeks_are_filled_when_a_database_from_before_is_migrated(start_ledger):
     url = f"postgres://ringmesh@/postgres?socket={Path(ledger.settings['state_dir']) / 'postgres'}"
 
     async def back_and_forth():
-        await migrations.roll_back(url)
         connection = await connect(ledger)
-        assert await connection.fetchval("SELECT to_regclass('rollup_week')") is None
+        while await connection.fetchval("SELECT to_regclass('rollup_week')") is not None:
+            await migrations.roll_back(url)
         await connection.close()
         await migrations.migrate(url)
 

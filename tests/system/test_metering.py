@@ -178,6 +178,21 @@ def test_while_the_ledger_is_killed_requests_are_answered_and_counted(stack, cha
 
 
 @pytest.mark.proof
+def test_an_idle_router_that_is_killed_twice_in_a_row_loses_nothing_and_counts_nothing_again(stack, channel, ledger):
+    tenant = Tenant(channel)
+    send_some(tenant, misses=3, repeats=10)
+    assert_counted(ledger, tenant)
+    for _ in range(2):
+        killed = stack.pids["router"]
+        os.kill(killed, signal.SIGKILL)
+        eventually(lambda killed=killed: stack.pids["router"] not in (killed, 0))
+    eventually(lambda: Tenant(channel).send(fresh()))
+    later = Tenant(channel)
+    send_some(later, misses=2, repeats=3)
+    assert_counted(ledger, tenant, later)
+
+
+@pytest.mark.proof
 def test_a_router_that_is_killed_loses_only_what_it_had_not_spooled(stack, channel, ledger):
     tenant = Tenant(channel)
     send_some(tenant, misses=5, repeats=20)

@@ -2,14 +2,21 @@
 
 import asyncio
 import time
+from functools import partial
+from random import Random
 
 import grpc
 import pytest
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
+from router.accounting import ledger_sender
 from router.accounting.ledger_sender import LedgerSender
 from router.accounting.ledger_spool import LedgerSpool
-from tests.system.ledgers import DUPLICATE, GAP, WRITTEN, miss
+from services.ledger.ingest.batch import read
+from services.ledger.ingest.producers import BatchFate, Mark
+from services.runtime.errors import InvalidArgumentError, RingmeshError
+from services.runtime.rpc.rpc import abort, parse
+from tests.system.ledgers import DUPLICATE, GAP, WRITTEN, miss, worker_time
 from tests.usage_records import encode
 
 BATCHES = [encode([miss("t", at_ms=1_796_000_000_000, compute_us=number)]) for number in range(4)]
@@ -25,6 +32,8 @@ class Ledger(ledger_pb2_grpc.LedgerServiceServicer):
 
     async def Append(self, request, context):
         answer = self.script.pop(0) if self.script else WRITTEN
+        if isinstance(answer, RingmeshError):
+            await abort(context, answer)
         if isinstance(answer, tuple):
             await context.abort(*answer)
         if answer == WRITTEN:
@@ -95,7 +104,7 @@ async def test_a_duplicate_is_as_good_as_written(ledger, sender):
 
 
 async def test_a_batch_that_is_refused_for_good_is_replaced_by_its_counts(ledger, sender):
-    ledger.script = [(grpc.StatusCode.INVALID_ARGUMENT, "record 0: at_ms is no time")]
+    ledger.script = [InvalidArgumentError("record 0: at_ms is no time", field="batch.at_ms")]
     await submit(sender, *BATCHES[:2])
     await all_sent(sender)
     (_, first, empty), (_, second, batch) = ledger.written
@@ -117,11 +126,103 @@ async def test_a_gap_is_answered_by_a_new_epoch_with_all_that_waits(ledger, send
 
 
 async def test_another_process_of_the_same_name_makes_a_new_epoch(ledger, sender):
+    before = sender.router_id
     ledger.script = [(grpc.StatusCode.FAILED_PRECONDITION, "written with other bytes; start a new epoch")]
     await submit(sender, *BATCHES[:2])
     await all_sent(sender)
     assert [(sequence, batch) for _, sequence, batch in ledger.written] == [(1, BATCHES[0]), (2, BATCHES[1])]
     assert ledger.written[0][0] > 1000
+    assert sender.router_id != before
+
+
+async def test_what_another_router_of_the_same_id_reports_of_workers_is_not_taken_for_written(ledger, sender):
+    ledger.script = [(grpc.StatusCode.FAILED_PRECONDITION, "written with other bytes; start a new epoch")]
+    uptime = encode([], [worker_time("w", 30_000_000)])
+    await sender.submit(uptime, 0, 0)
+    await all_sent(sender)
+    assert [batch for _, _, batch in ledger.written] == [uptime]
+
+
+async def test_what_stands_for_a_damaged_batch_that_was_written_is_not_sent_again(ledger, sender):
+    ledger.script = [(grpc.StatusCode.FAILED_PRECONDITION, "written with other bytes; start a new epoch")]
+    await sender.submit(encode([], dropped_requests=5), 0, 0)
+    await submit(sender, BATCHES[0])
+    await all_sent(sender)
+    assert [(sequence, batch) for _, sequence, batch in ledger.written] == [(2, BATCHES[0])]
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(ledger_sender, "_FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(ledger_sender, "_LONGEST_PAUSE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_a_batch_that_is_damaged_on_its_way_is_sent_again(ledger, sender):
+    ledger.script = [InvalidArgumentError("batch 1 is damaged", field="digest")] * 5 + [0]
+    await submit(sender, *BATCHES[:2])
+    await all_sent(sender)
+    assert [batch for _, _, batch in ledger.written] == BATCHES[:2]
+    assert sender.dropped_requests == 0
+
+
+class Wire(grpc.GenericRpcHandler):
+    """A ledger in memory behind a wire that does to each message what `damages` has, in turn; then no harm."""
+
+    def __init__(self, damages):
+        self.damages = damages
+        self.marks = {}
+        self.written = []
+
+    def service(self, call):
+        return grpc.unary_unary_rpc_method_handler(self.append)
+
+    async def append(self, data, context):
+        try:
+            request = parse(ledger_pb2.AppendRequest, self.damages.pop(0)(data) if self.damages else data)
+            batch = read(request)
+        except InvalidArgumentError as error:
+            await abort(context, error)
+        mark = self.marks.setdefault(batch.producer, Mark(1, 0, {}))
+        fate = mark.judge(batch)
+        if fate is BatchFate.CONFLICT:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "start a new epoch")
+        if fate is BatchFate.WRITE:
+            self.written.append(request.batch)
+        result = {BatchFate.WRITE: WRITTEN, BatchFate.DUPLICATE: DUPLICATE, BatchFate.GAP: GAP}[fate]
+        return ledger_pb2.AppendResponse(result=result, last_sequence=mark.last).SerializeToString()
+
+
+def flipped(data, place, bit):
+    place %= len(data)
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_whatever_happens_to_a_batch_on_its_way_it_is_counted_once(tmp_path):
+    random = Random(1)
+    damages = []
+    for _ in range(150):
+        place, bit = random.randrange(1 << 20), random.randrange(8)
+        truncated = partial(lambda data, place: data[: place % len(data)], place=place)
+        damages.append(random.choice([truncated, partial(flipped, place=place, bit=bit), lambda data: data]))
+    wire = Wire(damages)
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers([wire])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    spool = LedgerSpool(tmp_path / "spool", 1 << 20, lambda: 1000)
+    spool.open()
+    sender = LedgerSender(spool, f"127.0.0.1:{port}")
+    sender.spool = spool
+    sender.start()
+    batches = [encode([miss("t", at_ms=1_796_000_000_000, compute_us=number)]) for number in range(60)]
+    await submit(sender, *batches)
+    await all_sent(sender)
+    assert sorted(wire.written) == sorted(batches)
+    assert sender.dropped_requests == 0
+    await sender.close(0)
+    await server.stop(0)
 
 
 async def test_a_newer_format_waits_for_the_ledger_to_be_upgraded(ledger, sender):

@@ -3,8 +3,12 @@ import subprocess
 import sys
 import tempfile
 from importlib import import_module
+from typing import get_args
 
 import pytest
+from pydantic import ValidationError
+
+from services.runtime.process.settings import describe
 
 
 def run(module, **environment):
@@ -195,3 +199,31 @@ def test_a_url_with_a_password_is_refused_without_showing_it(run_here):
     code, printed = run_here("services.inference", MODELS="http://user:hunter2@host/models")
     assert code == 2
     assert "hunter2" not in printed
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "-1", "", "1e308", "some"])
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        ("router", "RouterSettings"),
+        ("cache", "CacheSettings"),
+        ("services.inference", "WorkerSettings"),
+        ("services.ledger", "LedgerSettings"),
+        ("services.console", "ConsoleSettings"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_in_words(monkeypatch, module, settings, value):
+    read = getattr(import_module(f"{module}.settings"), settings)
+    for name in [name for name in os.environ if name.startswith("RINGMESH_")]:
+        monkeypatch.delenv(name)
+    for name, field in read.model_fields.items():
+        if not {int, float} & {field.annotation, *get_args(field.annotation)}:
+            continue
+        with monkeypatch.context() as set_here:
+            set_here.setenv(f"RINGMESH_{name.upper()}", value)
+            said = ""
+            try:
+                read()
+            except ValidationError as error:
+                said = describe(error)
+            assert f"RINGMESH_{name.upper()}: " in said or value == "1e308"

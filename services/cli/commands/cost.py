@@ -77,14 +77,14 @@ def report(
         limit=limit,
         changes=changes,
         allow_unpriced=allow_unpriced,
-        **period(since or (None if trace else "1h"), until) | given,
+        **period("1h" if since is None and not trace else since, until) | given,
     )
     return call(address, lambda stub: stub.Report(request))
 
 
 def bill(address: str, since: str | None, until: str | None, *, allow_unpriced: bool) -> ledger_pb2.BillResponse:
     """Raises CommandError."""
-    request = ledger_pb2.BillRequest(**period(since or "1h", until), allow_unpriced=allow_unpriced)
+    request = ledger_pb2.BillRequest(**period("1h" if since is None else since, until), allow_unpriced=allow_unpriced)
     return call(address, lambda stub: stub.Bill(request))
 
 

@@ -8,12 +8,18 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from services.cli.errors import CommandError
-from services.runtime.rpc.api_keys import field_and_fault, new_key
+from services.runtime.rpc.api_keys import KeyFileError, field_and_fault, ids, new_key
 from services.runtime.rpc.roles import Role
 
 
 def create(file: Path, id: str, tenant: str, roles: list[str], models: list[str], days: float | None) -> str:
     """Appends a key to `file`, and returns it. The file has its hash only. Raises CommandError."""
+    try:
+        taken = file.exists() and id in ids(file)
+    except KeyFileError as error:
+        raise CommandError(str(error)) from None
+    if taken:
+        raise CommandError(f"{file} has a key {id!r}; choose another id, such as {id}-2, or remove its line first")
     expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
     try:
         key, entry = new_key(id, tenant, [Role(role) for role in roles], models, expires)

@@ -76,7 +76,7 @@ def nano(amount: str) -> int:
     """Nano-units of a decimal number, exactly. Raises CommandError."""
     try:
         exact = Decimal(amount) * NANO
-        if exact != exact.to_integral_value() or not -(2**63) < exact < 2**63:
+        if exact != exact.to_integral_value() or not 0 <= exact < 2**63:
             raise ValueError
     except (ArithmeticError, ValueError):
         raise CommandError(f"{amount!r} is no amount with at most nine decimals, such as 0.38") from None

@@ -17,6 +17,7 @@ SPAN_SECONDS = 900.0
 MOST_ROWS = 60
 
 REQUESTS = "ringmesh_requests_total"
+ERRORS = "ringmesh_errors_total"
 DURATION = "ringmesh_request_duration_seconds"
 COMPUTE = "ringmesh_compute_seconds_total"
 STAGE = "ringmesh_worker_stage_seconds"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 
 from services.ledger.ingest.batch import Producer, UsageBatch
@@ -22,11 +23,11 @@ class BatchFate(Enum):
 
 @dataclass(slots=True)
 class Mark:
-    """Of one producer, as it is in the transaction that holds it."""
+    """Of one producer, as it is in the transaction that holds it. `digests`: of its batches, as far as they matter."""
 
     id: int
     last: int
-    digest: bytes
+    digests: dict[int, bytes]
     dropped_records: int = 0
     dropped_requests: int = 0
     changed: bool = False
@@ -34,20 +35,19 @@ class Mark:
     def judge(self, batch: UsageBatch) -> BatchFate:
         """Advances for a batch that is to be written."""
         if batch.sequence == self.last + 1:
-            self.last, self.digest, self.changed = batch.sequence, batch.digest, True
+            self.last, self.changed = batch.sequence, True
+            self.digests[batch.sequence] = batch.digest
             self.dropped_records += batch.dropped_records
             self.dropped_requests += batch.dropped_requests
             return BatchFate.WRITE
         if batch.sequence > self.last:
             return BatchFate.GAP
-        if batch.sequence == self.last and batch.digest != self.digest:
-            return BatchFate.CONFLICT
-        return BatchFate.DUPLICATE
+        return BatchFate.DUPLICATE if self.digests.get(batch.sequence) == batch.digest else BatchFate.CONFLICT
 
 
-async def locked(connection: Connection, producers: Iterable[Producer]) -> dict[Producer, Mark]:
-    """The marks, held until the transaction ends; those of new producers are made."""
-    wanted = sorted(set(producers))
+async def locked(connection: Connection, batches: Sequence[UsageBatch]) -> dict[Producer, Mark]:
+    """The marks of who sent `batches`, held until the transaction ends; those of new producers are made."""
+    wanted = sorted({batch.producer for batch in batches})
     columns = list(zip(*wanted, strict=True))
     await connection.execute(
         "INSERT INTO producer (router_id, start_epoch) SELECT * FROM unnest($1::text[], $2::bigint[]) AS n(r, e) "
@@ -59,7 +59,21 @@ async def locked(connection: Connection, producers: Iterable[Producer]) -> dict[
         "ON p.router_id = n.r AND p.start_epoch = n.e ORDER BY p.id FOR UPDATE OF p",
         *columns,
     )
-    return {Producer(row["router_id"], row["start_epoch"]): Mark(row["id"], row["last"], row["digest"]) for row in rows}
+    marks = {
+        Producer(row["router_id"], row["start_epoch"]): Mark(row["id"], row["last"], {row["last"]: row["digest"]})
+        for row in rows
+    }
+    if earlier := [batch for batch in batches if batch.sequence < marks[batch.producer].last]:
+        by_id = {mark.id: mark for mark in marks.values()}
+        rows = await connection.fetch(
+            "SELECT d.producer, d.sequence, d.digest FROM batch_digest d "
+            "JOIN unnest($1::integer[], $2::bigint[]) AS n(p, s) ON d.producer = n.p AND d.sequence = n.s",
+            [marks[batch.producer].id for batch in earlier],
+            [batch.sequence for batch in earlier],
+        )
+        for row in rows:
+            by_id[row["producer"]].digests[row["sequence"]] = row["digest"]
+    return marks
 
 
 async def advance(connection: Connection, marks: Iterable[Mark]) -> None:
@@ -72,7 +86,18 @@ async def advance(connection: Connection, marks: Iterable[Mark]) -> None:
         "AS n(id, last, digest, records, requests) WHERE p.id = n.id",
         [mark.id for mark in changed],
         [mark.last for mark in changed],
-        [mark.digest for mark in changed],
+        [mark.digests[mark.last] for mark in changed],
         [mark.dropped_records for mark in changed],
         [mark.dropped_requests for mark in changed],
+    )
+
+
+async def remember(connection: Connection, written: Iterable[tuple[int, UsageBatch]], at: datetime) -> None:
+    """Keeps the digests of batches, each with its producer's number; the day's partition is there."""
+    columns = zip(*((producer, batch.sequence, batch.digest) for producer, batch in written), strict=True)
+    await connection.execute(
+        "INSERT INTO batch_digest (at, producer, sequence, digest) "
+        "SELECT $1, * FROM unnest($2::integer[], $3::bigint[], $4::bytea[])",
+        at,
+        *map(list, columns),
     )

@@ -20,7 +20,7 @@ from services.ledger.storage.database import Connection, Database, DataRefusedEr
 from services.ledger.storage.kinds import UsageKind
 from services.ledger.storage.partitions import DAYS_AHEAD, Partitions, usage_partition
 from services.ledger.storage.rollups import Deltas
-from services.ledger.storage.times import DAY_MS, day_of, midnight_ms
+from services.ledger.storage.times import DAY_MS, day_of, midnight_ms, utc
 from services.ledger.storage.usage_rows import Integers, Rows
 from services.runtime.errors import (
     FailedPreconditionError,
@@ -197,7 +197,7 @@ class Writer:
         now_ms = int(self._clock() * 1000)
         days: set[date] = set()
         async with self._database.writing() as connection:
-            marks = await producers.locked(connection, (batch.producer for batch in batches))
+            marks = await producers.locked(connection, batches)
             verdicts = []
             accepted = []
             for batch in batches:
@@ -210,6 +210,8 @@ class Writer:
                 tables = [_Table(batch, producer, numbers) for batch, producer in accepted if batch.records]
                 if tables:
                     days = await self._write_records(connection, tables, now_ms)
+                await self._partitions.ensure(connection, {day_of(now_ms)})
+                await producers.remember(connection, ((mark, batch) for batch, mark in accepted), utc(now_ms))
                 observed = await self._write_observed(connection, [batch for batch, _ in accepted], numbers, now_ms)
                 if changed := days | observed:
                     await rollups.touch(connection, changed)
@@ -250,11 +252,13 @@ class Writer:
     async def _write_observed(
         self, connection: Connection, batches: list[UsageBatch], numbers: _Numbers, now_ms: int
     ) -> set[date]:
-        """Which workers were up, and samples of keys, of the days whose minutes are kept. Days whose bill changes."""
-        first_ms = midnight_ms(self._partitions.retention.first_minute_day(day_of(now_ms)))
+        """Which workers were up, and samples of keys, of the days that those are kept. Days whose bill changes."""
+        retention, today = self._partitions.retention, day_of(now_ms)
         end_ms = (now_ms // DAY_MS + DAYS_AHEAD + 1) * DAY_MS
         # Seconds of a time whose seconds are not kept cannot be told from those that were counted.
+        first_ms = midnight_ms(retention.first_usage_day(today))
         minutes = [one for batch in batches for one in batch.worker_minutes if first_ms <= one.at_ms < end_ms]
+        first_ms = midnight_ms(retention.first_minute_day(today))
         samples = [one for batch in batches for one in batch.key_samples if first_ms <= one.at_ms < end_ms]
         times = [*(one.at_ms for one in minutes), *(one.at_ms for one in samples)]
         await self._partitions.ensure(connection, {day_of(at_ms) for at_ms in times})

@@ -89,13 +89,14 @@ class BudgetList:
         What a batch adds meanwhile is in what its router said to be unsent, or counts twice until that asks again.
         """
         now = self._now()
+        expires_at = now + timedelta(seconds=_LEASE_SECONDS)
         holder = budget_table.holder(router_id, start_epoch)
         async with self._database.leasing() as connection:
             budgets = {
                 number: one for number, one in (await budget_table.all_budgets(connection)).items() if one.hard_nano
             }
             spent, _ = await self._spent(connection, budgets.values(), now)
-            await budget_table.drop_expired(connection, budgets, now)
+            await budget_table.drop_expired(connection, budgets, now, expires_at)
             await budget_table.begin_life(connection, router_id, start_epoch)
             others = await budget_table.leased(connection, now, but=holder)
             routers = len(await budget_table.holders(connection, now) | {holder})
@@ -113,7 +114,7 @@ class BudgetList:
                     )
                 )
                 written.append((number, amount, own))
-            await budget_table.lease(connection, holder, written, now + timedelta(seconds=_LEASE_SECONDS))
+            await budget_table.lease(connection, holder, written, expires_at)
             book = await self._prices.book(connection)
         rates = _rates(book, milliseconds(now))
         return ledger_pb2.LeaseResponse(leases=leases, nano_per_second=rates, renew_ms=_RENEW_MS)

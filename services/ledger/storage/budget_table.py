@@ -96,8 +96,11 @@ async def lease(
     )
 
 
-async def drop_expired(connection: Connection, numbers: Iterable[int], now: datetime) -> None:
-    """Those of routers that are gone."""
+async def drop_expired(connection: Connection, numbers: Iterable[int], now: datetime, latest: datetime) -> None:
+    """Those of routers that are gone. No lease that is made now ends after `latest`: those that do are of a time before
+    the clock was set back, and end then.
+    """
     await connection.execute(
         "DELETE FROM budget_lease WHERE budget = ANY($1::integer[]) AND expires_at <= $2", list(numbers), now
     )
+    await connection.execute("UPDATE budget_lease SET expires_at = $1 WHERE expires_at > $1", latest)

@@ -13,7 +13,9 @@ from services.ledger.storage.times import next_month, week_of
 log = logging.getLogger(__name__)
 
 DAYS_AHEAD = 3
-_OF_DAYS = ("rollup_minute", "margin_minute", "worker_minute", "key_sample")
+# Dropped with the records, and with the sums by minute.
+_AS_RECORDS = ("usage", "worker_minute", "batch_digest")
+_AS_MINUTES = ("rollup_minute", "margin_minute", "key_sample")
 _OF_MONTHS = ("rollup_hour", "rollup_day", "margin_hour", "margin_day")
 # A week is in the month in which it begins.
 _OF_WEEKS = ("rollup_week", "margin_week")
@@ -21,7 +23,7 @@ _OF_WEEKS = ("rollup_week", "margin_week")
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Days that records, minutes, and hours and days are kept."""
+    """Days that records (with what tells them and seconds of workers apart), minutes, and hours and days are kept."""
 
     usage: int
     minutes: int
@@ -49,7 +51,7 @@ class Partitions:
         rows = await connection.fetch("SELECT n FROM unnest($1::text[]) n WHERE to_regclass(n) IS NOT NULL", [*wanted])
         for name in wanted.keys() - {row[0] for row in rows}:
             _, table, first, end = wanted[name]
-            options = "" if table in ("usage", "worker_minute", "key_sample") else " WITH (fillfactor = 70)"
+            options = " WITH (fillfactor = 70)" if table.startswith(("rollup", "margin")) else ""
             # Attached and not made as a partition, which would wait for reports and exports that run.
             await connection.execute(
                 f"CREATE TABLE {name} (LIKE {table} INCLUDING CONSTRAINTS){options}; "
@@ -76,8 +78,8 @@ class Partitions:
         """Drops those whose last day is over for good; their names."""
         today = now.date()
         first = {
-            "usage": self.retention.first_usage_day(today),
-            **dict.fromkeys(_OF_DAYS, self.retention.first_minute_day(today)),
+            **dict.fromkeys(_AS_RECORDS, self.retention.first_usage_day(today)),
+            **dict.fromkeys(_AS_MINUTES, self.retention.first_minute_day(today)),
             **dict.fromkeys((*_OF_MONTHS, *_OF_WEEKS), today - timedelta(days=self.retention.rollups - 1)),
         }
         dropped = []
@@ -107,8 +109,7 @@ def _parts(day: date) -> list[tuple[str, str, date, date]]:
     months = {table: day.replace(day=1) for table in _OF_MONTHS}
     months |= {table: week_of(day).replace(day=1) for table in _OF_WEEKS}
     return [
-        (usage_partition(day), "usage", day, tomorrow),
-        *((f"{table}_{day:%Y%m%d}", table, day, tomorrow) for table in _OF_DAYS),
+        *((f"{table}_{day:%Y%m%d}", table, day, tomorrow) for table in (*_AS_RECORDS, *_AS_MINUTES)),
         *((f"{table}_{month:%Y%m}", table, month, next_month(month)) for table, month in months.items()),
     ]
 

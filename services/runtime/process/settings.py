@@ -53,7 +53,7 @@ def split(value: object) -> object:
 class ServiceSettings(BaseSettings):
     """The settings common to all services. In the file: the tables `[common]` and the service's own `[section]`."""
 
-    model_config = SettingsConfigDict(env_prefix="RINGMESH_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="RINGMESH_", extra="forbid", frozen=True, allow_inf_nan=False)
     section: ClassVar[str]
 
     address: str = Field("127.0.0.1:0", description="host:port to serve gRPC on; port 0 takes a free one")

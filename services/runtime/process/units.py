@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -26,6 +27,9 @@ def _parse(text: str, units: Mapping[str, float], expected: str) -> float:
     if found is None or found[2] not in {"", *units}:
         raise ValueError(expected)
     try:
-        return float(found[1]) * units.get(found[2], 1)
+        value = float(found[1]) * units.get(found[2], 1)
     except ValueError:
         raise ValueError(expected) from None
+    if not math.isfinite(value):
+        raise ValueError(expected)
+    return value

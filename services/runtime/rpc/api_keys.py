@@ -162,6 +162,11 @@ def _read(path: Path) -> dict[str, Identity]:
     return found
 
 
+def ids(path: Path) -> set[str]:
+    """Names of the keys and certificates in a file. Raises KeyFileError."""
+    return {identity.id for identity in _read(path).values()}
+
+
 def field_and_fault(error: ErrorDetails) -> tuple[str, str]:
     """The field of one of pydantic's errors, "" if it concerns the whole, and what is wrong with it."""
     return ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")

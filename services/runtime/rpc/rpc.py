@@ -5,6 +5,7 @@ from __future__ import annotations  # compiled by mypyc
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -158,6 +159,19 @@ async def abort(context: Context, error: RingmeshError, trailing: Metadata = ())
 def failure(error: RingmeshError, trailing: Metadata = (), afterwards: Callable[[], None] | None = None) -> Failure:
     """Like `abort`, for a fast path: returns the failure."""
     return Failure(error.code, error.message, (*trailing, *status_details(error)), afterwards)
+
+
+def refused_field(error: grpc.aio.AioRpcError) -> str:
+    """The field that the server's `status_details` say is at fault; "" if they name none."""
+    status, violated = status_pb2.Status(), error_details_pb2.BadRequest()
+    for name, value in error.trailing_metadata() or ():
+        if name == "grpc-status-details-bin" and isinstance(value, bytes):
+            with suppress(DecodeError):
+                status.ParseFromString(value)
+    for detail in status.details:
+        if detail.Unpack(violated):
+            return "".join(violation.field for violation in violated.field_violations[:1])
+    return ""
 
 
 def status_details(error: RingmeshError) -> Metadata:

@@ -39,7 +39,7 @@ class SpanContent(Protocol):
 
 
 class Stage:
-    """A part of a request; `result` is a worker's answer to it, `worker` that worker's id."""
+    """A part of a request; `result` is a worker's answer to it, `worker` that worker's id, `worker_type` its type."""
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Stage:
         kind: Kind,
         error: str,
         worker: str,
+        worker_type: str,
         result: inference_pb2.WorkResult | None,
         parent_id: str,
     ) -> None:
@@ -62,6 +63,7 @@ class Stage:
         self.kind = kind
         self.error = error
         self.worker = worker
+        self.worker_type = worker_type
         self.result = result
         # "": the parent is the request's own span.
         self.parent_id = parent_id
@@ -105,10 +107,13 @@ class Trace:
         kind: Kind = Kind.INTERNAL,
         error: str = "",
         worker: str = "",
+        worker_type: str = "",
         result: inference_pb2.WorkResult | None = None,
     ) -> None:
         """Records a child span; times in ns since the Unix epoch. `content` is read only if the trace is retained."""
-        self.stages.append(Stage(name, start_ns, end_ns, content, span_id, kind, error, worker, result, self.span_id))
+        self.stages.append(
+            Stage(name, start_ns, end_ns, content, span_id, kind, error, worker, worker_type, result, self.span_id)
+        )
 
     def traceparent(self, span_id: str) -> str:
         return w3c.traceparent(self.trace_id, span_id, self.sampled)

@@ -29,6 +29,31 @@ def test_what_is_no_amount_is_refused(text):
         nano(text)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e308", "1e400", "", "some"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prices set --ledger nowhere:1 cpu 1 --watts",
+        "prices set --ledger nowhere:1 cpu 1 --slots",
+        "prices set --ledger nowhere:1 cpu 1 --kwh",
+        "prices set --ledger nowhere:1 cpu --",
+        "budgets set --ledger nowhere:1 --tenant acme --soft",
+        "budgets set --ledger nowhere:1 --tenant acme --hard",
+        "advice --ledger nowhere:1 --latency",
+        "advice --ledger nowhere:1 --memory-price",
+        "advice --ledger nowhere:1 --since",
+        "cost --ledger nowhere:1 --limit",
+        "cost --ledger nowhere:1 --since",
+        "cost --ledger nowhere:1 --until",
+        "key new app --file /nowhere --role infer --days",
+    ],
+)
+def test_a_number_that_is_none_is_refused_in_words(command, value):
+    done = CliRunner().invoke(app, [*command.split(), value])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert "Invalid value" in done.output or f"{value!r} is n" in done.output
+
+
 @pytest.mark.parametrize("kind", [["--bill"], ["--forecast"], ["--export", "all.csv"]])
 @pytest.mark.parametrize("narrower", [["--tenant", "acme"], ["--by", "model"], ["--changes"], ["--trace", "a" * 32]])
 def test_what_is_of_everything_is_not_narrowed_in_silence(kind, narrower):

@@ -27,6 +27,32 @@ def refusals(models, code="INVALID_ARGUMENT"):
     return history
 
 
+def exhausted(**by_type):
+    """A history in which the model `m` refused requests with RESOURCE_EXHAUSTED, so many of each type."""
+    now = [1000.0]
+    history = History(lambda: now[0])
+    for share in (0, 1):
+        counted = {"model": "m", "tenant": "acme", "code": "RESOURCE_EXHAUSTED"}
+        samples = [sample("ringmesh_requests_total", counted, share * sum(by_type.values()))]
+        for name, count in by_type.items():
+            samples.append(sample("ringmesh_errors_total", {"model": "m", "version": "1", "type": name}, share * count))
+        history.add("router", samples)
+        now[0] += 2
+    return history
+
+
+def test_what_a_hard_budget_refuses_on_purpose_is_a_note():
+    store = traces(("m", "RESOURCE_EXHAUSTED", "the budget of tenant 'acme' is used up"))
+    (found,) = findings.find(view(), exhausted(budget=5), store, {})
+    assert (found.severity, found.title, found.where) == (
+        "note", "Requests are refused by a hard budget", "model m, tenant acme",
+    )  # fmt: skip
+    assert "the budget of tenant 'acme' is used up" in found.detail
+    assert found.link == "/cost"
+    (found,) = findings.find(view(), exhausted(budget=5, overload=1), store, {})
+    assert (found.severity, found.title) == ("critical", "Requests fail")
+
+
 def traces(*failures):
     """A store with a failed trace of each (model, code, message)."""
     store = TraceStore(max_bytes=1 << 20, max_traces=100)

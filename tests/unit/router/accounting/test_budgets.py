@@ -5,6 +5,7 @@ from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.budgets import Budgets
 from services.runtime.errors import ResourceExhaustedError
+from tests.unit.clock import Clock
 
 MONTH = 1_796_083_200_000  # 2026-12-01
 RATES = {"cpu": 1_000_000, "router": 1000}
@@ -131,6 +132,43 @@ def test_of_a_period_that_begins_while_the_ledger_is_down_a_router_spends_its_pa
     assert lets_in(budgets, 20) == 0
     now += 0.2 * 86_400
     assert lets_in(budgets, 20) == 7
+
+
+def test_a_router_that_is_newer_than_its_ledger_refuses_nothing_where_a_period_begins():
+    clock = Clock(MONTH / 1000 - 1)
+    budgets = Budgets(clock)
+    answer = leases(5, tenant="acme")
+    answer.leases[0].budget.hard_nano = 12
+    renew(budgets, answer)
+    clock.now += 1
+    assert lets_in(budgets, 20) == 6
+    renew(budgets, leases(3, renews_at_ms=MONTH + 31 * 86_400_000, tenant="acme"))
+    assert lets_in(budgets, 20) == 3
+
+
+def test_a_router_whose_clock_was_ahead_and_is_set_back_spends_from_the_ledgers_lease():
+    clock = Clock(MONTH / 1000 + 1)
+    budgets = Budgets(clock)
+    renew(budgets, leases(5, next_nano=7, tenant="acme"))
+    assert lets_in(budgets, 20) == 7
+    renew(budgets, leases(5, next_nano=7, tenant="acme"))
+    assert lets_in(budgets, 20) == 0
+    clock.now -= 3600
+    renew(budgets, leases(5, next_nano=7, tenant="acme"))
+    assert lets_in(budgets, 20) == 5
+
+
+def test_a_ledger_whose_clock_is_set_back_over_a_renewal_grants_no_second_budget():
+    budgets = Budgets(Clock(MONTH / 1000 + 1))
+    after = MONTH + 31 * 86_400_000
+    renew(budgets, leases(5, next_nano=7, renews_at_ms=after, tenant="acme"))
+    assert lets_in(budgets, 3) == 3
+    for _ in range(3):
+        renew(budgets, leases(5, next_nano=7, tenant="acme"))
+        lets_in(budgets, 20)
+    assert budgets.marks()[0][1] == 5 * 10**9
+    renew(budgets, leases(4, next_nano=7, renews_at_ms=after, tenant="acme"))
+    assert lets_in(budgets, 20) == 4
 
 
 def test_a_router_whose_clock_is_ahead_spends_its_part_of_the_next_period_once():

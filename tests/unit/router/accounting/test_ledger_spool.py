@@ -199,6 +199,18 @@ def test_a_new_epoch_gives_all_that_waits_new_numbers(open_spool):
     assert taken(spool) == [(1001, 1, b"batch 1"), (1001, 2, b"batch 2"), (1001, 3, b"after")]
 
 
+def test_a_router_whose_id_is_used_by_another_goes_on_with_a_new_one(open_spool):
+    spool = open_spool()
+    before = spool.router_id
+    spool.append(b"batch", 1, 1)
+    spool.begin_again(is_shared=True)
+    after = spool.router_id
+    assert after != before
+    spool = open_spool()
+    assert spool.router_id == after
+    assert taken(spool) == [(1001, 1, b"batch")]
+
+
 def test_what_a_full_disk_does_not_take_is_told_with_the_next_batch(open_spool, folder, monkeypatch):
     spool = open_spool()
     spool.append(b"before", 1, 1)

@@ -7,11 +7,14 @@ import pytest
 from blake3 import blake3
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.ledger.v1 import ledger_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.tiers.entry import Entry
 from router.accounting.key_samples import KeySamples
 from router.accounting.usage import Up, Usage
 from services.ledger.ingest.batch import read
+from services.runtime.telemetry.tracing import Trace
+from tests.unit.clock import Clock
 from tests.unit.router.request.test_path import DIGEST, WRONG, Router, request
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -136,6 +139,29 @@ async def test_what_is_computed_after_the_caller_left_is_charged_to_its_request(
     assert {dimension(batch, record).status for record in (0, 1)} == {"CANCELLED"}
 
 
+async def test_a_model_that_a_worker_with_a_gpu_runs_on_its_cpu_is_charged_as_that_worker():
+    """Which is paid for as a GPU's: a price of its own would be paid beside that."""
+    router = Router()
+    router.member.worker_type = "gpu"
+    router.send()
+    await asyncio.sleep(0)
+    router.worker.end(result())
+    batch = await only_batch(router)
+    assert dimension(batch, 0).worker_type == "gpu"
+
+
+async def test_steps_on_workers_of_several_types_are_charged_at_the_price_of_each():
+    router = Router()
+    trace = Trace(TRACE, "", sampled=True)
+    for kind, us in (("cpu", 70), ("gpu", 250), ("gpu", 30), ("cpu", 5)):
+        trace.span("execute", 0, 1, {}, worker="w", worker_type=kind, result=result(share_us=us))
+    router.meter.failed(("infer", "m", "1", "", "INTERNAL", "error"), trace, "cpu", NOW * 10**9, NOW * 10**9, 0, 9)
+    batch = await only_batch(router)
+    charged = [(dimension(batch, record).worker_type, batch.compute_us[record]) for record in range(3)]
+    assert charged == [("cpu", 70), ("gpu", 280), ("cpu", 5)]
+    assert [*batch.requests] == [0, 0, 1]
+
+
 async def test_what_joined_a_run_on_the_worker_is_not_charged_twice():
     router = Router()
     router.send()
@@ -175,6 +201,47 @@ async def test_an_idle_router_reports_rarely():
         await usage.flush()
         now[0] += 0.8
     assert len(sender.batches) == 2
+
+
+HOUR_NS = 3600 * 10**9
+
+
+async def test_a_clock_that_is_set_back_under_a_request_changes_only_its_times(monkeypatch):
+    router = Router()
+    router.send()
+    await asyncio.sleep(0)
+    back = time.time_ns() - HOUR_NS
+    monkeypatch.setattr(time, "time_ns", lambda: back)
+    router.worker.end(result())
+    router.send()
+    clock = Clock(back / 1e9)
+    sender = Sender()
+    await Usage(router.meter, router.budgets, sender, "eu", list, clock).flush()
+    ((batch, _, requests),) = sender.batches
+    assert requests == 2
+    assert {dimension(batch, record).outcome for record in (0, 1)} == {"hit-local", "miss"}
+    assert sum(batch.compute_us) == sum(batch.saved_us) == 250
+    assert {*batch.at_ms} == {back // 1_000_000}
+    assert max(batch.total_us, default=0) < 1_000_000
+    told = v2.ModelStatistics(name="m", version="1")
+    router.requests.add_to(told)
+    assert told.inference_stats.cache_miss.ns == 0
+
+
+async def test_an_idle_router_whose_clock_is_set_back_goes_on_reporting_what_is_up():
+    router, sender = Router(), Sender()
+    clock = Clock(float(NOW))
+    usage = Usage(router.meter, router.budgets, sender, "eu", lambda: [Up("w", "cpu", "eu")], clock)
+    for _ in range(20):
+        await usage.flush()
+        clock.now += 0.8
+    assert len(sender.batches) == 2
+    clock.now = back = float(NOW - 3600)
+    for _ in range(20):
+        await usage.flush()
+        clock.now += 0.8
+    later = [up for batch, _, _ in sender.batches[2:] for up in batch.worker_times]
+    assert {up.minute for up in later if up.minute < (NOW - 1800) // 60} == {int(back) // 60}
 
 
 def tenants(batch):

@@ -54,6 +54,14 @@ def step(name, inputs, outputs, **fields):
     return version(name, metadata=metadata(inputs, outputs), **fields)
 
 
+def test_what_a_hit_saved_is_priced_as_the_cheapest_of_the_workers_that_hold_its_model():
+    on_gpu = [version("small"), version("large", provider="CUDAExecutionProvider")]
+    assert Catalog([on_gpu]).find("small", "").worker_type == "gpu"
+    for holdings in ([on_gpu, [version("small")]], [[version("small")], on_gpu]):
+        catalog = Catalog(holdings)
+        assert (catalog.find("small", "").worker_type, catalog.find("large", "").worker_type) == ("cpu", "gpu")
+
+
 X, Y = {"x": "FP32"}, {"y": "FP32"}
 
 

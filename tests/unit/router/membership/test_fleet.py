@@ -279,3 +279,26 @@ async def test_a_watch_begins_with_workers_that_are_not_in_the_ring_yet():
     told += [event async for event in watch]
     events = [Event.FromString(event) for event in told]
     assert [event.address for event in events if event.kind == Event.KIND_JOINED] == ["a:1", "b:1"]
+
+
+@pytest.mark.parametrize(
+    ("providers", "worker_type"),
+    [
+        ([], "cpu"),
+        (["CPUExecutionProvider", "OpenVINOExecutionProvider"], "cpu"),
+        (["CPUExecutionProvider", "CUDAExecutionProvider"], "gpu"),
+    ],
+)
+async def test_a_worker_that_runs_a_model_on_a_gpu_is_of_that_type(providers, worker_type):
+    made, member, link = await fleet_of_one()
+    answer = described(2, b"1")
+    models = [
+        inference_pb2.ModelVersion(name=f"m{place}", version="1", digest=b"%d" % place * 16, provider=provider)
+        for place, provider in enumerate(providers)
+    ]
+    del answer.models[:]
+    answer.models.extend(models)
+    link.answers.put_nowait(answer)
+    await made.describe(member)
+    assert member.worker_type == worker_type
+    made.close()

@@ -82,7 +82,8 @@ class Router:
         metadata.inputs.add(name="x", datatype="FP32", shape=[-1])
         metadata.outputs.add(name="y", datatype="FP32", shape=[-1])
         said = {"name": "m", "version": "1", "digest": DIGEST, "cacheable": True, "metadata": metadata} | model
-        seen = view([member("w", link=self.worker)])
+        self.member = member("w", link=self.worker)
+        seen = view([self.member])
         fleet = SimpleNamespace(
             view=replace(seen, catalog=Catalog([[inference_pb2.ModelVersion(**said)]])),
             answered=lambda *_: None,
