@@ -14,7 +14,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime.driver import ON_LOOP
 from services.runtime.oip import protocol
 from services.runtime.rpc import backlog, server
-from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer
+from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer, Failure
 from services.runtime.rpc.server import Engine, Server
 from tests.system import raw_http2
 from tests.system.conftest import eventually
@@ -356,6 +356,37 @@ def test_answers_to_callers_who_leave_meanwhile_are_forgotten():
                 for stream in range(1, 11, 2):
                     client.call(stream, CALL, struct.pack(">BI", 0, 1000) + bytes(1000))
         eventually(lambda: serving.counted("ringmesh_unread_response_bytes") == 0)
+    finally:
+        serving.close()
+
+
+# No metadata of gRPC: the native engine takes no answer with it.
+BROKEN = (("x", "a\nb"),)
+
+
+async def on_loop(answer):
+    await ON_LOOP
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(lambda: Answer(b"x", BROKEN), id="on the receiving thread"),
+        pytest.param(lambda: on_loop(Answer(b"x", BROKEN)), id="on the event loop"),
+        pytest.param(lambda: on_loop(Answer(bytes(8 << 20), BROKEN)), id="large"),
+        pytest.param(lambda: Failure(grpc.StatusCode.NOT_FOUND, "no", BROKEN), id="a failure"),
+    ],
+)
+def test_an_answer_that_cannot_be_sent_fails_its_own_call(answer):
+    serving = Serving(Engine.NATIVE, lambda data: answer() if data else Answer(b"", ()))
+    try:
+        with grpc.insecure_channel(serving.address) as channel:
+            code, details = refusal(channel.unary_unary(INFER), b"x")
+        assert code is grpc.StatusCode.INTERNAL
+        assert "ValueError" in details
+        assert is_well(serving)
+        assert serving.counted("ringmesh_unread_response_bytes") == 0
     finally:
         serving.close()
 
