@@ -55,12 +55,14 @@ class MetricsServer:
                 async with asyncio.timeout(_SECONDS):
                     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                     writer.write(await self._answer(head))
-                    await writer.drain()
+                    writer.close()
+                    await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # the scraper left, or the client is not one
         finally:
             self._connections -= 1
-            writer.close()
+            # `close` alone would wait for a client that does not read.
+            writer.transport.abort()
 
     async def _answer(self, head: str) -> bytes:
         request, *lines = head.split("\r\n")
