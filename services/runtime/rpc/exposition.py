@@ -54,7 +54,10 @@ class MetricsServer:
             if self._connections <= _MAX_CONNECTIONS:
                 async with asyncio.timeout(_SECONDS):
                     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                    writer.write(await self._answer(head))
+                    answer = await self._answer(head)
+                    if writer.is_closing():  # uvloop would raise RuntimeError
+                        return
+                    writer.write(answer)
                     writer.close()
                     await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):

@@ -1,11 +1,14 @@
 import asyncio
 import pkgutil
 import socket
+import struct
+import threading
 from collections import Counter as Counts
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
@@ -276,6 +279,35 @@ async def test_a_scraper_that_does_not_read_is_disconnected(monkeypatch):
             while server._connections or open_files() > before + 1:
                 await asyncio.sleep(0.01)
     server.close()
+
+
+def test_a_scraper_that_leaves_before_the_answer_is_no_fault():
+    faults = []
+    left = threading.Event()
+
+    async def scrape():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+        metrics = Metrics()
+        metrics.add_slow(lambda: iter([left.wait(60)][1:]))
+        server = MetricsServer("127.0.0.1:0", metrics)
+        port = await server.start()
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+        async with asyncio.timeout(60):
+            while not server._one.locked():
+                await asyncio.sleep(0.001)
+            before = open_files()
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+            while open_files() > before - 2:
+                await asyncio.sleep(0.001)
+            left.set()
+            while server._connections:
+                await asyncio.sleep(0.001)
+        server.close()
+
+    uvloop.run(scrape())
+    assert faults == []
 
 
 async def test_a_taken_port_is_told(served):
