@@ -391,6 +391,20 @@ def test_an_answer_that_cannot_be_sent_fails_its_own_call(answer):
         serving.close()
 
 
+def test_calls_whose_callers_leave_at_once_are_forgotten():
+    serving = Serving(Engine.NATIVE)
+    try:
+        for _ in range(100):
+            with RawClient(serving.port) as client:
+                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                for stream in range(1, 41, 2):
+                    client.call(stream, changed(":path", LIVE))
+        assert is_well(serving)
+        eventually(lambda: not serving.server._server._calls)
+    finally:
+        serving.close()
+
+
 @pytest.mark.parametrize("kind", list(Engine))
 def test_a_stream_that_nobody_reads_ends(kind, monkeypatch):
     monkeypatch.setattr(server, "_READ_SECONDS", 0.1)

@@ -110,6 +110,16 @@ class FastPathServer(native.Server):
         if self._under_way:
             await self._idle.wait()
 
+    def _on_events(self, events: list[tuple[Any, ...]]) -> None:
+        super()._on_events(events)
+        for kind, call_id, *_ in events:
+            # The engine forgets a call at the end of its task, which does not run if the caller left in the same batch.
+            if kind == EVENT_CALL and (call := self._calls.get(call_id)) is not None and call.task is not None:
+                call.task.add_done_callback(partial(self._forget, call_id))
+
+    def _forget(self, call_id: int, _: asyncio.Task[None]) -> None:
+        self._calls.pop(call_id, None)
+
     def _fail(self, call: Any, context: Any, details: str | None) -> None:
         context._trailing_metadata = _sendable(context._trailing_metadata)
         super()._fail(call, context, details)
