@@ -11,6 +11,7 @@ import asyncio
 import random
 import struct
 import time
+from functools import partial
 from typing import NamedTuple
 
 from ringmesh.cache.v1 import cache_pb2
@@ -20,6 +21,7 @@ from cache.policy import freshness
 from cache.policy.leases import Lease, Leases
 from cache.tiers.entry import Entry
 from services.runtime.errors import DeadlineExceededError
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 _TIMES = struct.Struct("<QQ")  # fresh until, stored until: ms since the epoch; 0: no expiry
 _FIRST_PAUSE = 0.01
@@ -94,6 +96,7 @@ class Items:
         """Returns the item, a lease to compute it, or both: a usable item and a lease to recompute it.
 
         If another caller holds the lease, waits for the item. Raises DeadlineExceededError after `wait_seconds`.
+        Cancelled: no lease is held.
         """
         name = self._name(item)
         give_up = time.monotonic() + wait_seconds
@@ -108,7 +111,11 @@ class Items:
             lease = await self._leases.take(name, lease_ms)
             if lease is not None:
                 # The item can arrive between the look-up and the lease.
-                found = await self._read(name)
+                try:
+                    found = await self._read(name)
+                except asyncio.CancelledError:
+                    BACKGROUND.once("release of a lease", partial(self._leases.release, name, lease.token))
+                    raise
                 if found is None or found.is_stale(now_ms):
                     self._count(item, None)
                     return found, lease

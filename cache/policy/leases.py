@@ -7,12 +7,15 @@ process can compute the value once.
 
 from __future__ import annotations
 
+import asyncio
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 from cache.tiers.entry import Entry
 from cache.tiers.shared_tier import SharedTier, stored_name
 from services.runtime.errors import FailedPreconditionError, UnavailableError
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 _SECONDS = 1.0
 
@@ -48,7 +51,19 @@ class Leases:
         self._own: dict[bytes, tuple[int, float]] = {}
 
     async def take(self, name: bytes, milliseconds: int) -> Lease | None:
-        """Returns a lease, or None if another caller holds it."""
+        """Returns a lease, or None if another caller holds it. Cancelled: a lease that Redis grants is released."""
+        taking = asyncio.ensure_future(self._take(name, milliseconds))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            BACKGROUND.once("release of a lease", partial(self._give_back, name, taking))
+            raise
+
+    async def _give_back(self, name: bytes, taking: asyncio.Future[Lease | None]) -> None:
+        if (lease := await taking) is not None:
+            await self.release(name, lease.token)
+
+    async def _take(self, name: bytes, milliseconds: int) -> Lease | None:
         if self._shared is not None:
             try:
                 token = await self._run(name, _TAKE, 1, str(milliseconds))

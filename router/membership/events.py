@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 
 from ringmesh.router.v1 import router_pb2
 
@@ -30,7 +30,7 @@ class MembershipEvents:
                 if queue.qsize() <= MAX_WAITING:
                     queue.put_nowait(event)
 
-    async def watch(self, first: Iterable[Event]) -> AsyncIterator[Event]:
+    async def watch(self, first: Iterable[Event]) -> AsyncGenerator[Event, None]:
         """Yields `first`, then all events from now on, until `close`.
 
         Raises ResourceExhaustedError for a watcher that falls MAX_WAITING behind.

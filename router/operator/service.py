@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import aclosing
 
 import grpc
 from ringmesh.router.v1 import router_pb2
@@ -78,8 +79,9 @@ class OperatorService:
 
     async def _watch(self, _: bytes, context: Context) -> AsyncIterator[bytes]:
         try:
-            async for event in self._fleet.events.watch(list(_now(self._fleet.members))):
-                yield event.SerializeToString()
+            async with aclosing(self._fleet.events.watch(list(_now(self._fleet.members)))) as events:
+                async for event in events:
+                    yield event.SerializeToString()
         except RingmeshError as error:
             await abort(context, error)
 

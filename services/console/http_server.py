@@ -13,8 +13,9 @@ from starlette.types import ASGIApp
 from services.runtime.rpc.server import StartError
 from services.runtime.rpc.tls import TlsFiles
 
-# A connection is closed if its client leaves data unread for this long.
+# A connection is closed if its client leaves data unread for this long, or if its host has gone without a word.
 _UNREAD_SECONDS = 30
+_IDLE_SECONDS = 60
 
 
 class _Server(uvicorn.Server):
@@ -46,8 +47,10 @@ class HttpServer:
         host = host.strip("[]")
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted connections inherit this option.
+        # Accepted connections inherit these options.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_SECONDS)
         try:
             listener.bind((host, int(port)))
         except (OSError, OverflowError) as error:

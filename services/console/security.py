@@ -63,7 +63,9 @@ class Guard:
         """Implements ASGI."""
         if scope["type"] != "http":
             return
-        method, path, client = scope["method"], scope["path"], scope["client"][0]
+        method, path = scope["method"], scope["path"]
+        # A client that has left by now has no address.
+        client = scope["client"][0] if scope["client"] else ""
         headers = Headers(scope=scope)
         refusal = self._refusal(method, headers)
         status = 0

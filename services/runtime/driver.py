@@ -309,7 +309,14 @@ async def in_task(work: Coroutine[Any, Any, Result]) -> Result:
     If the coroutine is cancelled, so is the task.
     """
     task = asyncio.get_running_loop().create_task(work)
+    # Nobody else reads its error if the coroutine was cancelled first: asyncio would log it.
+    task.add_done_callback(_read_error)
     try:
         return await task
     finally:
         task.cancel()
+
+
+def _read_error(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()

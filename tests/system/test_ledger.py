@@ -1,14 +1,18 @@
 """The ledger over gRPC, on its embedded PostgreSQL. Tests share it, each with tenants and worker types of its own."""
 
+import asyncio
 import csv
 import heapq
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
 from random import Random
+from urllib.parse import quote
 
 import grpc
 import pyarrow.parquet
@@ -19,6 +23,8 @@ from ringmesh.ledger.v1 import ledger_pb2
 from router.accounting.ledger_sender import LedgerSender
 from router.accounting.ledger_spool import LedgerSpool
 from services.ledger.reports.miss_ratio import Curve, LookUp
+from services.ledger.storage import database
+from services.runtime.errors import UnavailableError
 from tests.public_trace import public_trace
 from tests.system import processes
 from tests.system.conftest import RINGMESH, eventually
@@ -790,3 +796,33 @@ def test_what_was_computed_in_another_region_is_billed_once(ledger, sender, tena
     }
     assert abs(sum(row.bill_nano for row in rows.values()) - 10**9 // 60) <= 1
     assert not [warning for warning in answer.warnings if kind in warning]
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_a_transaction_on_a_server_that_answers_no_more_ends(ledger, monkeypatch, is_cancelled):
+    monkeypatch.setattr(database, "LONGEST_SECONDS", 0.3)
+    folder = ledger.postgres().cwd()
+    sessions = database.Database(f"postgresql://ringmesh@/postgres?host={quote(folder, safe='')}", None)
+    await sessions.open()
+    stopped = []
+    waiting = asyncio.Event()
+
+    async def ask():
+        async with sessions.changing() as connection:
+            stopped.append(await connection.fetchval("SELECT pg_backend_pid()"))
+            os.kill(stopped[0], signal.SIGSTOP)
+            waiting.set()
+            await connection.fetchval("SELECT 1")
+
+    asking = asyncio.create_task(ask())
+    try:
+        await waiting.wait()
+        if is_cancelled:
+            asking.cancel()
+        with pytest.raises((UnavailableError, asyncio.CancelledError)):
+            await asyncio.wait_for(asyncio.shield(asking), 20)
+        async with sessions.changing() as connection:
+            assert await connection.fetchval("SELECT 1") == 1
+    finally:
+        os.kill(stopped[0], signal.SIGCONT)
+        await sessions.close()

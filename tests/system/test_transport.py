@@ -14,7 +14,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime.driver import ON_LOOP
 from services.runtime.oip import protocol
 from services.runtime.rpc import backlog, server
-from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer
+from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer, Failure
 from services.runtime.rpc.server import Engine, Server
 from tests.system import raw_http2
 from tests.system.conftest import eventually
@@ -54,22 +54,22 @@ def changed(name, value):
 class Serving:
     """A server on an event loop of its own, whose ModelInfer answers with what it is sent."""
 
-    def __init__(self, engine, answer=lambda data: Answer(data, ()), **options):
+    def __init__(self, engine, answer=lambda data: Answer(data, ()), handlers=None, **options):
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.server, self.port = self._run(self._start(engine, answer, options))
+        self.server, self.port = self._run(self._start(engine, answer, handlers or {}, options))
         self.address = f"127.0.0.1:{self.port}"
 
     def _run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
 
-    async def _start(self, engine, answer, options):
+    async def _start(self, engine, answer, handlers, options):
         async def infer(data, metadata, deadline):
             made = answer(data)
             return await made if asyncio.iscoroutine(made) else made
 
-        service = protocol.service(lambda: True, {}, {"ModelInfer": infer})
+        service = protocol.service(lambda: True, handlers, {"ModelInfer": infer})
         limits = {"max_message_bytes": MAX_MESSAGE_BYTES, "max_connection_age": 3600}
         made = Server(engine, "127.0.0.1:0", [service], **limits, **options)
         port = await made.start()
@@ -356,6 +356,72 @@ def test_answers_to_callers_who_leave_meanwhile_are_forgotten():
                 for stream in range(1, 11, 2):
                     client.call(stream, CALL, struct.pack(">BI", 0, 1000) + bytes(1000))
         eventually(lambda: serving.counted("ringmesh_unread_response_bytes") == 0)
+    finally:
+        serving.close()
+
+
+# No metadata of gRPC: the native engine takes no answer with it.
+BROKEN = (("x", "a\nb"),)
+
+
+async def on_loop(answer):
+    await ON_LOOP
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(lambda: Answer(b"x", BROKEN), id="on the receiving thread"),
+        pytest.param(lambda: on_loop(Answer(b"x", BROKEN)), id="on the event loop"),
+        pytest.param(lambda: on_loop(Answer(bytes(8 << 20), BROKEN)), id="large"),
+        pytest.param(lambda: Failure(grpc.StatusCode.NOT_FOUND, "no", BROKEN), id="a failure"),
+    ],
+)
+def test_an_answer_that_cannot_be_sent_fails_its_own_call(answer):
+    serving = Serving(Engine.NATIVE, lambda data: answer() if data else Answer(b"", ()))
+    try:
+        with grpc.insecure_channel(serving.address) as channel:
+            code, details = refusal(channel.unary_unary(INFER), b"x")
+        assert code is grpc.StatusCode.INTERNAL
+        assert "ValueError" in details
+        assert is_well(serving)
+        assert serving.counted("ringmesh_unread_response_bytes") == 0
+    finally:
+        serving.close()
+
+
+def test_calls_whose_callers_leave_at_once_are_forgotten():
+    serving = Serving(Engine.NATIVE)
+    try:
+        for _ in range(100):
+            with RawClient(serving.port) as client:
+                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                for stream in range(1, 41, 2):
+                    client.call(stream, changed(":path", LIVE))
+        assert is_well(serving)
+        eventually(lambda: not serving.server._server._calls)
+    finally:
+        serving.close()
+
+
+@pytest.mark.parametrize("kind", list(Engine))
+def test_a_stream_that_nobody_reads_ends(kind, monkeypatch):
+    monkeypatch.setattr(server, "_READ_SECONDS", 0.1)
+    ended = threading.Event()
+
+    async def endless(requests, context):
+        try:
+            while True:
+                yield bytes(1 << 20)
+        finally:
+            ended.set()
+
+    serving = Serving(kind, handlers={"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(endless)})
+    try:
+        with RawClient(serving.port) as client:
+            client.headers(1, changed(":path", STREAM))
+            assert ended.wait(60)
     finally:
         serving.close()
 

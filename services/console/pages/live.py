@@ -50,10 +50,13 @@ class Pages:
         self._templates.globals["parts"] = self._templates.get_template("parts.html").module
 
     def page(self, template: str, contents: Contents) -> Callable[[Request], Awaitable[Response]]:
-        """Returns an endpoint. Clients that accept `text/event-stream` get a stream of the template's block `live`."""
+        """Returns an endpoint. Clients that accept `text/event-stream` get a stream of the template's block `live`, if
+        there is one."""
+
+        is_live = "live" in self._templates.get_template(template).blocks
 
         async def answer(request: Request) -> Response:
-            if "text/event-stream" in request.headers.get("accept", ""):
+            if is_live and "text/event-stream" in request.headers.get("accept", ""):
                 return await self._stream(template, contents, request)
             context = await contents(request)
             return self.render(template, request, context, context.get("status", 200))

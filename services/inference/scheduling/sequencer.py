@@ -34,6 +34,8 @@ from services.runtime.errors import (
 from services.runtime.oip.tensors import decode
 
 MAX_SEQUENCES = 1 << 14
+# Shortest time between two looks for idle sequences.
+_LEAST_LOOK_SECONDS = 1.0
 
 Array = npt.NDArray[Any]
 _Control = config_pb2.ModelSequenceBatching.Control
@@ -77,6 +79,8 @@ class Sequencer:
         self._state_outputs = tuple([state.output_name for state in batching.state])
         # The sequence that was used least recently comes first.
         self._sequences: OrderedDict[tuple[str, int | str], _Sequence] = OrderedDict()
+        # Set while there are any: a caller may never send another request.
+        self._look: asyncio.TimerHandle | None = None
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
         """As Batcher.submit. Also raises FailedPreconditionError if the sequence did not begin here."""
@@ -121,15 +125,30 @@ class Sequencer:
             async with pending[0].lock:
                 pass
             await asyncio.sleep(0)
+        if self._look is not None:
+            self._look.cancel()
         await self._batcher.close()
 
-    def _find(self, step: SequenceStep) -> _Sequence:
+    def _drop_idle(self) -> None:
         now = time.monotonic()
         while self._sequences:
             oldest_id, oldest = next(iter(self._sequences.items()))
             if oldest.pending or now - oldest.used <= self._idle:
                 break
             del self._sequences[oldest_id]
+
+    def _look_later(self) -> None:
+        seconds = max(self._idle, _LEAST_LOOK_SECONDS)
+        self._look = asyncio.get_running_loop().call_later(seconds, self._look_for_idle)
+
+    def _look_for_idle(self) -> None:
+        self._look = None
+        self._drop_idle()
+        if self._sequences:
+            self._look_later()
+
+    def _find(self, step: SequenceStep) -> _Sequence:
+        self._drop_idle()
         found = self._sequences.get(step.key)
         if found is None:
             if not step.start:
@@ -140,6 +159,8 @@ class Sequencer:
                     "later"
                 )
             found = self._sequences[step.key] = _Sequence()
+            if self._look is None:
+                self._look_later()
         self._sequences.move_to_end(step.key)
         return found
 

@@ -19,6 +19,7 @@ _OF_RECORDS = {
     "error_us": "CASE WHEN u.kind = ANY($4) THEN u.compute_us ELSE 0 END",
 }
 _NAMES = ", ".join(MEASURES)
+_LONGEST_SECONDS = 3600.0
 _FROM_RECORDS = ", ".join(f"bigint_sum({_OF_RECORDS.get(name, f'u.{name}')})" for name in MEASURES)
 _FROM_CELLS = ", ".join(f"bigint_sum(u.{name})" for name in MEASURES)
 
@@ -36,7 +37,7 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
     keeps_minutes = day >= partitions.retention.first_minute_day(now.date())
     # One that somebody dropped by hand is believed to be there until a batch needs it.
     partitions.forget()
-    async with database.writing() as connection:
+    async with database.writing(_LONGEST_SECONDS) as connection:
         await partitions.ensure(connection, [day])
         records, requests = await connection.fetchrow(
             "SELECT count(*), coalesce(sum(requests), 0)::bigint FROM usage WHERE at >= $1 AND at < $2", *bounds

@@ -33,6 +33,11 @@ FAILURES: Final = (
 )
 # A report that takes longer is given up.
 REPORT_SECONDS = 30.0
+# A transaction that takes longer ends with its session: a server that hangs, or whose host is gone, does not answer a
+# cancellation either. A rebuild and an export may take longer.
+LONGEST_SECONDS = 60.0
+_LONGEST_READING_SECONDS = 10 * REPORT_SECONDS
+_LONGEST_EXPORT_SECONDS = 6 * 3600.0
 # One number for all ledgers of a database: whoever holds it writes.
 WRITER_LOCK = 0x52696E67
 # And whoever holds this one leases budgets.
@@ -93,27 +98,27 @@ class Database:
                 pool.terminate()
 
     @asynccontextmanager
-    async def writing(self) -> AsyncIterator[Connection]:
+    async def writing(self, longest_seconds: float | None = None) -> AsyncIterator[Connection]:
         """A transaction on the primary that holds the writer's lock: one at a time, over all ledgers.
 
-        Raises UnavailableError where the database cannot be reached or fails; what was done then is undone, or, where
-        the connection was lost while committing, may be done.
+        `longest_seconds`: None: LONGEST_SECONDS. Raises UnavailableError where the database cannot be reached or fails;
+        what was done then is undone, or, where the connection was lost while committing, may be done.
         """
-        async with _transaction(self._primary) as connection:
+        async with _transaction(self._primary, longest_seconds or LONGEST_SECONDS) as connection:
             await connection.execute(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
             yield connection
 
     @asynccontextmanager
     async def leasing(self) -> AsyncIterator[Connection]:
         """A transaction on the primary for leases of budgets: one at a time, beside who writes."""
-        async with _transaction(self._primary) as connection:
+        async with _transaction(self._primary, LONGEST_SECONDS) as connection:
             await connection.execute(READING.format(timeout=int(REPORT_SECONDS * 1000)))
             await connection.execute(f"SELECT pg_advisory_xact_lock({_LEASE_LOCK})")
             yield connection
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[Connection]:
-        async with _transaction(self._primary) as connection:
+        async with _transaction(self._primary, LONGEST_SECONDS) as connection:
             yield connection
 
     @asynccontextmanager
@@ -122,7 +127,8 @@ class Database:
 
         Statements take at most `seconds`, if given.
         """
-        async with _transaction(self._reports, isolation="repeatable_read", readonly=True) as connection:
+        longest = _LONGEST_EXPORT_SECONDS if seconds is None else _LONGEST_READING_SECONDS
+        async with _transaction(self._reports, longest, isolation="repeatable_read", readonly=True) as connection:
             await connection.execute(READING.format(timeout=int((seconds or 0) * 1000)))
             yield connection
 
@@ -144,14 +150,23 @@ async def _nothing_to_reset(_: Connection) -> None:
 
 
 @asynccontextmanager
-async def _transaction(pool: asyncpg.Pool | None, **options: Any) -> AsyncIterator[Connection]:
+async def _transaction(pool: asyncpg.Pool | None, longest_seconds: float, **options: Any) -> AsyncIterator[Connection]:
     if pool is None:
         raise UnavailableError("the ledger's database is not up yet", kind="database")
     with _mapped_errors():
         async with asyncio.timeout(_CONNECT_SECONDS) as wait, pool.acquire() as connection:
             wait.reschedule(None)
-            async with connection.transaction(**options):
-                yield connection
+            late = asyncio.get_running_loop().call_later(longest_seconds, _give_up, connection, longest_seconds)
+            try:
+                async with connection.transaction(**options):
+                    yield connection
+            finally:
+                late.cancel()
+
+
+def _give_up(connection: Connection, seconds: float) -> None:
+    log.warning("a session with the database is ended: its transaction took longer than %g s", seconds)
+    connection.terminate()
 
 
 @contextmanager

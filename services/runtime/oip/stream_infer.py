@@ -22,8 +22,6 @@ _DEPTH = 256
 # the second, for all streams together, requests are refused.
 _UNREAD_OF_ONE = 16 << 20
 _UNREAD = 256 << 20
-# A stream whose client takes longer to read one answer ends.
-_READ_SECONDS = 60.0
 # A serialized parameter of ModelInferResponse that marks the last response to a request.
 _FINAL = v2.ModelInferResponse(
     parameters={"triton_final_response": v2.InferParameter(bool_param=True)}
@@ -68,16 +66,10 @@ class _Streams:
             await running.put(None)
 
         reader = asyncio.create_task(read())
-        handler = asyncio.current_task()
-        assert handler is not None
         try:
             while (task := await running.get()) is not None:
                 response = await task
-                late = asyncio.get_running_loop().call_later(_READ_SECONDS, handler.cancel)
-                try:
-                    yield response
-                finally:
-                    late.cancel()
+                yield response
                 mine.add(-len(response))
             await reader
         except RingmeshError as error:

@@ -54,13 +54,18 @@ class MetricsServer:
             if self._connections <= _MAX_CONNECTIONS:
                 async with asyncio.timeout(_SECONDS):
                     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                    writer.write(await self._answer(head))
-                    await writer.drain()
+                    answer = await self._answer(head)
+                    if writer.is_closing():  # uvloop would raise RuntimeError
+                        return
+                    writer.write(answer)
+                    writer.close()
+                    await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # the scraper left, or the client is not one
         finally:
             self._connections -= 1
-            writer.close()
+            # `close` alone would wait for a client that does not read.
+            writer.transport.abort()
 
     async def _answer(self, head: str) -> bytes:
         request, *lines = head.split("\r\n")

@@ -110,6 +110,16 @@ class FastPathServer(native.Server):
         if self._under_way:
             await self._idle.wait()
 
+    def _on_events(self, events: list[tuple[Any, ...]]) -> None:
+        super()._on_events(events)
+        for kind, call_id, *_ in events:
+            # The engine forgets a call at the end of its task, which does not run if the caller left in the same batch.
+            if kind == EVENT_CALL and (call := self._calls.get(call_id)) is not None and call.task is not None:
+                call.task.add_done_callback(partial(self._forget, call_id))
+
+    def _forget(self, call_id: int, _: asyncio.Task[None]) -> None:
+        self._calls.pop(call_id, None)
+
     def _fail(self, call: Any, context: Any, details: str | None) -> None:
         context._trailing_metadata = _sendable(context._trailing_metadata)
         super()._fail(call, context, details)
@@ -137,19 +147,38 @@ class FastPathServer(native.Server):
         assert front is not None
         if not backlog.admit(peer, len(body)):
             refused = backlog.refusal()
-            front.fail(
-                call_id, refused.code.value[0], refused.message, trailing_metadata=_sendable(status_details(refused))
-            )
-        elif not front.respond(call_id, body, initial, trailing):
-            backlog.withdraw(peer, len(body))
+            self._refuse(call_id, refused.code, refused.message, status_details(refused))
+            return
+        is_taken = False
+        try:
+            is_taken = front.respond(call_id, body, initial, trailing)
+        except Exception as error:
+            self._refuse_as_fault(call_id, error)
+        finally:
+            if not is_taken:
+                backlog.withdraw(peer, len(body))
 
-    def _answer(self, call_id: int, peer: str, answer: Answer | Failure) -> None:
+    def _refuse(self, call_id: int, code: grpc.StatusCode, message: str, trailing: Metadata) -> None:
         front = self._front
         assert front is not None
+        try:
+            front.fail(call_id, code.value[0], message, trailing_metadata=_sendable(trailing))
+        except Exception as error:
+            self._refuse_as_fault(call_id, error)
+
+    def _refuse_as_fault(self, call_id: int, error: Exception) -> None:
+        """Ends a call whose answer the engine does not take, such as one with metadata that gRPC does not allow. The
+        caller would wait for ever, and an exception would end the receiving thread."""
+        front = self._front
+        assert front is not None
+        fault = faults.internal(log, "an answer could not be sent", error)
+        front.fail(call_id, fault.code.value[0], fault.message)
+
+    def _answer(self, call_id: int, peer: str, answer: Answer | Failure) -> None:
         if isinstance(answer, Answer):
             self._respond(call_id, peer, answer.body, answer.trailing)
         else:
-            front.fail(call_id, answer.code.value[0], answer.message, trailing_metadata=_sendable(answer.trailing))
+            self._refuse(call_id, answer.code, answer.message, answer.trailing)
 
     async def _send(self, call: Any, context: Any, response: Any) -> bool:
         # The engine's own send blocks one of the process's few threads for each client that does not read.
@@ -288,13 +317,15 @@ class FastPathServer(native.Server):
         sending.add_done_callback(partial(self._sent_large, call_id, answer))
 
     def _send_whole(self, call_id: int, peer: str, answer: Answer) -> None:
-        if self._front is not None:
+        if self._front is None:
+            return
+        try:
             self._respond(call_id, peer, answer.whole(), answer.trailing)
+        except Exception as error:  # no memory for the whole
+            self._refuse_as_fault(call_id, error)
 
-    def _sent_large(self, call_id: int, answer: Answer, sending: asyncio.Future[None]) -> None:
+    def _sent_large(self, call_id: int, answer: Answer, _: asyncio.Future[None]) -> None:
         self._ended(call_id)
-        if not sending.cancelled() and (error := sending.exception()) is not None:
-            log.error("a large answer was not sent", exc_info=error)
         _do_afterwards(answer.afterwards)
 
     def _ended(self, call_id: int) -> Callable[[], object] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -37,6 +38,8 @@ _LOOK_SECONDS = 1.0
 _IDENTITY, _GZIP = 1 << 0, 1 << 2
 # Requests that callers sent before they received GOAWAY arrive within this time.
 _LEAVE_SECONDS = 0.3
+# A stream whose caller takes longer to read one message ends: it may hold a session of a database, or a place of few.
+_READ_SECONDS = 60.0
 
 
 class Engine(StrEnum):
@@ -77,6 +80,30 @@ class _GrpcioAnswers:
 
     def _ended(self, size: int) -> None:
         self._ended_bytes += size
+
+
+def _read_in_time(handler: Handler) -> Handler:
+    """Returns `handler`, wrapped if it streams: its calls are cancelled if the caller does not read for
+    _READ_SECONDS."""
+    parts: Any = handler
+    kind = next((kind for kind in ("unary_stream", "stream_stream") if getattr(parts, kind) is not None), None)
+    if kind is None:
+        return handler
+    answer = getattr(parts, kind)
+
+    async def stream(request: Any, context: Context) -> AsyncIterator[bytes]:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        async with aclosing(answer(request, context)) as responses:
+            async for response in responses:
+                late = loop.call_later(_READ_SECONDS, task.cancel)
+                try:
+                    yield response
+                finally:
+                    late.cancel()
+
+    made: Handler = parts._replace(**{kind: stream})
+    return made
 
 
 class _Registered:
@@ -183,7 +210,7 @@ class Server:
         services = [*self._services, self.health.service()]
         for service in services:
             counted = self.calls.counted(access.protect(service))
-            self._register(service.name, {name: self._bounded(made) for name, made in counted.items()})
+            self._register(service.name, {name: self._bounded(_read_in_time(made)) for name, made in counted.items()})
         others = _channelz()
         others |= reflection.handlers([*(service.name for service in services), *others])
         for name, handlers in others.items():

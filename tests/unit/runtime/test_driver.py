@@ -1,6 +1,7 @@
 """Coroutines without tasks: how they are resumed, cancelled and ended."""
 
 import asyncio
+import gc
 import threading
 import time
 
@@ -225,6 +226,23 @@ async def test_work_in_a_task_is_cancelled_with_the_coroutine_that_awaits_it():
     await asyncio.sleep(0)
     assert released == [True]
     assert isinstance(one.outcome, asyncio.CancelledError)
+
+
+async def test_an_error_of_work_that_nobody_awaits_any_more_is_not_logged(caplog):
+    async def fails_at_its_end():
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise ValueError from None
+
+    one = Driven(in_task(fails_at_its_end()))
+    await asyncio.sleep(0)
+    one.driver.cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    del one
+    gc.collect()
+    assert not caplog.records
 
 
 class Racing:

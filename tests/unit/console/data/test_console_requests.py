@@ -135,7 +135,7 @@ class Console:
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "root_path": "",
             "method": method, "path": path, "raw_path": path.encode(errors="replace"), "query_string": query,
             "headers": [(b"host", b"127.0.0.1"), (b"origin", origin), *headers],
-            "client": (client, 1234), "server": ("127.0.0.1", 80),
+            "client": (client, 1234) if client else None, "server": ("127.0.0.1", 80),
         }  # fmt: skip
         requests = [{"type": "http.request", "body": body, "more_body": False}]
         status, text = 0, bytearray()
@@ -278,6 +278,19 @@ def test_a_histogram_stands_above_the_traces_and_leads_to_them(console):
 def test_a_page_that_does_not_exist_is_not_streamed_either(console):
     status, _ = console.ask("GET", "/traces/" + "0" * 32, headers=[(b"accept", b"text/event-stream")])
     assert status == 404
+
+
+@pytest.mark.parametrize("path", ["/try", "/compare", "/audit", f"/traces/{TRACE}"])
+def test_a_page_without_a_live_part_is_not_streamed(console, path):
+    got = {}
+    status, text = console.run(console.answer("GET", path, headers=[(b"accept", b"text/event-stream")], got=got))
+    assert status < 500, text
+    assert got["content-type"].startswith("text/html")
+
+
+def test_a_client_that_has_left_is_no_fault_and_is_not_near(console):
+    assert console.ask("GET", "/", client=None)[0] == 200
+    assert console.ask("POST", "/cache", body=b"scope=everything&confirmed=yes", client=None)[0] == 403
 
 
 PATHS = ["/", "/models", "/models/mlp", "/models/é\x00", "/cache", "/objectives", "/cost", "/try", "/traces",

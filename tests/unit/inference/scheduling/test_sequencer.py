@@ -121,6 +121,17 @@ async def test_an_idle_sequence_is_forgotten(tmp_path, monkeypatch):
         await total(model, 1, 1)
 
 
+async def test_idle_sequences_are_dropped_without_another_request(tmp_path, monkeypatch):
+    model = await asyncio.to_thread(held, models.accumulator(tmp_path))
+    monkeypatch.setattr(sequencer, "_LEAST_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(model.batcher, "_idle", 0.01)
+    await total(model, 1, 1, start=True)
+    assert model.batcher._sequences
+    async with asyncio.timeout(60):
+        while model.batcher._sequences:
+            await asyncio.sleep(0.01)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.dictionaries(st.integers(1, 99), st.lists(st.integers(-9, 9), min_size=1, max_size=5), max_size=12))
 def test_sequences_that_run_side_by_side_add_up_as_if_alone(accumulator, sequences):

@@ -1,9 +1,14 @@
+import asyncio
 import pkgutil
+import socket
+import struct
+import threading
 from collections import Counter as Counts
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
@@ -14,6 +19,7 @@ import cache
 import router
 import services
 from router.accounting.request_metrics import OK, RequestMetrics
+from services.runtime.rpc import exposition
 from services.runtime.rpc.exposition import MetricsServer, expose
 from services.runtime.rpc.server import StartError
 from services.runtime.telemetry import triton_metrics
@@ -252,6 +258,56 @@ async def test_what_is_not_a_scrape_is_refused_and_harms_nothing(served, request
 async def test_an_address_that_cannot_be_had_is_told(address):
     with pytest.raises(StartError, match="RINGMESH_METRICS_ADDRESS"):
         await MetricsServer(address, Metrics()).start()
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_a_scraper_that_does_not_read_is_disconnected(monkeypatch):
+    monkeypatch.setattr(exposition, "_SECONDS", 1)
+    metrics = Metrics()
+    # More than the kernel buffers.
+    metrics.add(lambda: (Sample(EVENTS, (str(number) + "a" * 10_000,), 1) for number in range(2000)))
+    server = MetricsServer("127.0.0.1:0", metrics)
+    port = await server.start()
+    before = open_files()
+    with socket.create_connection(("127.0.0.1", port)) as scraper:
+        scraper.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        async with asyncio.timeout(60):
+            assert await asyncio.to_thread(scraper.recv, 1) == b"H"
+            while server._connections or open_files() > before + 1:
+                await asyncio.sleep(0.01)
+    server.close()
+
+
+def test_a_scraper_that_leaves_before_the_answer_is_no_fault():
+    faults = []
+    left = threading.Event()
+
+    async def scrape():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+        metrics = Metrics()
+        metrics.add_slow(lambda: iter([left.wait(60)][1:]))
+        server = MetricsServer("127.0.0.1:0", metrics)
+        port = await server.start()
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+        async with asyncio.timeout(60):
+            while not server._one.locked():
+                await asyncio.sleep(0.001)
+            before = open_files()
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+            while open_files() > before - 2:
+                await asyncio.sleep(0.001)
+            left.set()
+            while server._connections:
+                await asyncio.sleep(0.001)
+        server.close()
+
+    uvloop.run(scrape())
+    assert faults == []
 
 
 async def test_a_taken_port_is_told(served):
