@@ -609,6 +609,23 @@ def test_weeks_are_filled_when_a_database_from_before_is_migrated(start_ledger):
     asyncio.run(assert_weeks_agree(ledger))
 
 
+def test_a_batch_whose_digest_is_not_kept_any_more_is_not_counted_again(start_ledger):
+    ledger, tenant = start_ledger(), unique("tenant")
+    sender = Sender(ledger)
+    for sequence in (1, 2, 3):
+        sender.append([miss(tenant)], sequence=sequence)
+
+    async def forget():
+        connection = await connect(ledger)
+        await connection.execute("DELETE FROM batch_digest")
+        await connection.close()
+
+    asyncio.run(forget())
+    answer = sender.append([miss(tenant, compute_us=7)], sequence=1)
+    assert (answer.result, answer.last_sequence) == (ledger_pb2.AppendResponse.RESULT_DUPLICATE, 3)
+    assert ledger.report(tenant=tenant).total.requests == 3
+
+
 async def assert_weeks_agree(ledger):
     connection = await connect(ledger)
     for kind in ("rollup", "margin"):

@@ -42,7 +42,12 @@ class Mark:
             return BatchFate.WRITE
         if batch.sequence > self.last:
             return BatchFate.GAP
-        return BatchFate.DUPLICATE if self.digests.get(batch.sequence) == batch.digest else BatchFate.CONFLICT
+        # Of a time whose digests are not kept, or were not yet: a router sends again what it cannot know was written.
+        return (
+            BatchFate.DUPLICATE
+            if self.digests.get(batch.sequence, batch.digest) == batch.digest
+            else BatchFate.CONFLICT
+        )
 
 
 async def locked(connection: Connection, batches: Sequence[UsageBatch]) -> dict[Producer, Mark]:
