@@ -141,8 +141,12 @@ class LedgerSender:
 
     async def _send(self, one: Spooled) -> bool:
         """Sends a batch. Returns False if the same batch must be sent again after a pause."""
-        async with self._disk:
-            batch, digest = await asyncio.to_thread(self._spool.read, one)
+        try:
+            async with self._disk:
+                batch, digest = await asyncio.to_thread(self._spool.read, one)
+        except OSError as error:
+            log.warning("cannot read batch %s now: %s", one.name, error.strerror)
+            return False
         request = ledger_pb2.AppendRequest(
             router_id=self._spool.router_id, start_epoch=one.epoch, sequence=one.sequence, batch=batch, digest=digest
         )

@@ -7,6 +7,7 @@ What is here survives the end of this process, though not that of the host.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import uuid
@@ -143,10 +144,15 @@ class LedgerSpool:
         return self._waiting[0] if self._waiting else None
 
     def read(self, one: Spooled) -> tuple[bytes, bytes]:
-        """The batch and its digest; if it is damaged or gone, an empty batch that counts what was in it."""
+        """The batch and its digest; if it is damaged or gone, an empty batch that counts what was in it.
+
+        Raises OSError where it cannot be read now, as with too many open files.
+        """
         try:
             data = (self._folder / one.name).read_bytes()
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EIO):
+                raise
             data = b""
         digest, batch = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
         if _digest(batch) == digest:

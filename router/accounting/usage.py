@@ -145,7 +145,8 @@ class Usage:
         self._seen = now
         up_now = [*self._workers()]
         if self._sender.router_id:  # the spool is open
-            up_now.append(Up(self._sender.router_id, ROUTER, self._region))
+            # With the epoch: of a machine that was cloned, both are up.
+            up_now.append(Up(f"{self._sender.router_id} {self._sender.epoch}", ROUTER, self._region))
         for up in up_now:
             for second in range(first, now + 1):
                 key = (up, second // 60)

@@ -1,8 +1,10 @@
 """What a router spools reaches the ledger once, whatever the ledger says."""
 
 import asyncio
+import errno
 import time
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import grpc
@@ -164,6 +166,23 @@ async def test_a_batch_that_is_damaged_on_its_way_is_sent_again(ledger, sender):
     await all_sent(sender)
     assert [batch for _, _, batch in ledger.written] == BATCHES[:2]
     assert sender.dropped_requests == 0
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_a_batch_that_cannot_be_read_for_a_while_is_not_given_up(ledger, sender, monkeypatch):
+    read_bytes = Path.read_bytes
+    faults = [OSError(errno.EMFILE, "Too many open files")] * 3
+
+    def fail_first(path):
+        if path.suffix == ".batch" and faults:
+            raise faults.pop()
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail_first)
+    await submit(sender, *BATCHES[:2])
+    await all_sent(sender)
+    assert [batch for _, _, batch in ledger.written] == BATCHES[:2]
+    assert sender.failures == 3
 
 
 class Wire(grpc.GenericRpcHandler):

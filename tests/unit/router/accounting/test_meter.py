@@ -187,7 +187,7 @@ async def test_seconds_of_workers_and_the_router_are_reported_once():
             assert not seconds.get(key, 0) & up.seconds
             seconds[key] = seconds.get(key, 0) | up.seconds
     minute = NOW // 60
-    for worker in (("w", "gpu"), ("router-id", "router")):
+    for worker in (("w", "gpu"), ("router-id 1", "router")):
         assert seconds[*worker, minute] == 0b11 << 58
         assert seconds[*worker, minute + 1] == 0b10 | 1
 
