@@ -18,7 +18,7 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 REQUESTS = Family(
     "ringmesh_requests_total",
     "counter",
-    "inference requests answered",
+    "inference requests; outcome: where the answer came from, error, or refused by a limit of its caller",
     ("method", "model", "version", "tenant", "code", "outcome"),
 )
 DURATION = Family(
@@ -56,6 +56,10 @@ _MAX_TENANTS = 100
 _HITS = frozenset({"hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined"})
 _SERVERS_FAULTS = frozenset({"DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNKNOWN"})
 OK = "OK"
+# Outcomes of requests that are not answered: for what the caller may not, and all others.
+REFUSED, ERROR = "refused", "error"
+# Kinds of errors that are the caller's, though their code is one of the servers' faults.
+_LIMITS_OF_CALLERS = frozenset({"quota", "bytes", "concurrency", "budget", "too_large"})
 # The method of internal requests, such as the steps of an ensemble.
 STEP = "step"
 _BAD_FOR_SLO = _SERVERS_FAULTS | {"DATA_LOSS", "UNIMPLEMENTED"}
@@ -66,7 +70,7 @@ LabelValues: TypeAlias = tuple[str, str, str, str, str, str]
 
 
 class Labels(NamedTuple):
-    """The labels of one series. `outcome` is "error" if `code` is not OK."""
+    """The labels of one series. `outcome` is ERROR or REFUSED if `code` is not OK."""
 
     method: str
     model: str
@@ -74,6 +78,11 @@ class Labels(NamedTuple):
     tenant: str
     code: str
     outcome: str
+
+
+def outcome_of(kind: str) -> str:
+    """Of a request that failed with an error of `kind`."""
+    return REFUSED if kind in _LIMITS_OF_CALLERS else ERROR
 
 
 class Series(Histogram):
@@ -171,10 +180,9 @@ class RequestMetrics:
 
     def answers(self) -> Answers:
         """The number of all requests, and of those that failed with a server error."""
-        counts = [(labels.code, series.count) for labels, series in self._all()]
-        return Answers(
-            sum(count for _, count in counts), sum(count for code, count in counts if code in _SERVERS_FAULTS)
-        )
+        counts = [(labels, series.count) for labels, series in self._all()]
+        failed = (count for labels, count in counts if labels.code in _SERVERS_FAULTS and labels.outcome != REFUSED)
+        return Answers(sum(count for _, count in counts), sum(failed))
 
     def usages(self) -> list[cache_pb2.UsageStats]:
         """Usage for the cache statistics: by model, tenant and the tier of the answer."""
@@ -240,7 +248,7 @@ class RequestMetrics:
             if labels.code == OK:
                 answered += series.count
                 slow += sum(series.counts[beyond:])
-            elif labels.code in _BAD_FOR_SLO:
+            elif labels.code in _BAD_FOR_SLO and labels.outcome != REFUSED:
                 failed += series.count
         return total, failed, answered, slow
 

@@ -15,7 +15,7 @@ from router.accounting.budgets import Budgets, Limit
 from router.accounting.key_samples import SampledKey, Seen
 from router.accounting.ledger_sender import LedgerSender
 from router.accounting.meter import ROUTER, Fold, Meter, Record
-from router.accounting.request_metrics import LabelValues
+from router.accounting.request_metrics import OK, LabelValues
 from router.accounting.usage_batch import COLUMNS, NOTHING, Dimension, UsageColumns, encode
 from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -207,7 +207,7 @@ class Usage:
 
     def _dimension(self, labels: LabelValues, worker_type: str) -> Dimension:
         _, model, version, tenant, code, outcome = labels
-        shown = "" if outcome == "error" else outcome
+        shown = outcome if code == OK else ""
         return Dimension(tenant, _short(model), version, self._region, worker_type, shown, code)
 
     async def _keep_renewing(self) -> None:

@@ -11,7 +11,7 @@ import grpc
 from cache.mesh import Found, Mesh
 from router.accounting.accounts import Accounts
 from router.accounting.meter import CPU, elapsed
-from router.accounting.request_metrics import OK, STEP, LabelValues
+from router.accounting.request_metrics import OK, STEP, LabelValues, outcome_of
 from router.request.audit import Audit
 from router.request.call import Call
 from services.runtime import w3c
@@ -153,7 +153,7 @@ class Replies:
         """Counts a failed call. Returns the remaining work, to be called on the event loop."""
         end = time.time_ns()
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
-        labels = (call.method, model, version, call.tenant, code.name, "error")
+        labels = (call.method, model, version, call.tenant, code.name, outcome_of(kind))
         self._requests.count(labels, elapsed(call.start, end), 0)
         self._requests.failed(model, version, kind)
         call.failed = labels, len(call.trace.stages)

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 from services.console.data import overview
 from services.console.data.fleet_watch import FleetSnapshot
 from services.console.data.history import History, Labels
-from services.console.data.overview import ATTEMPT, ERRORS, LOOP_LAG, REQUESTS, SERVER_FAULTS, STAGE
+from services.console.data.overview import ATTEMPT, LOOP_LAG, REQUESTS, SERVER_FAULTS, STAGE
 from services.console.data.trace_store import TraceStore
 from services.console.data.units import number, percent, seconds
 from services.runtime.telemetry.metrics import OTHER
@@ -28,7 +28,6 @@ _SLOW_RUNS = 5
 _STALLED_SECONDS = 3e-3
 _STALLED_ATTEMPTS = 50
 _ERROR_SHARE = 0.01
-_EXHAUSTED = "RESOURCE_EXHAUSTED"
 _LAG_SECONDS = 0.2
 _FAILING_A_MINUTE = 3.0
 _MOST_NAMED = 5
@@ -178,22 +177,15 @@ def _beyond_work(history: History) -> dict[str, float]:
 def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
     """Yields one finding per code and model, or one for all models if many have the same code. Most frequent first."""
     asked = history.increase(REQUESTS, _WINDOW, ("model", "tenant"))
-    by_code = history.increase(REQUESTS, _WINDOW, ("model", "tenant", "code"))
-    exhausted = history.increase(REQUESTS, _WINDOW, ("model",), code=_EXHAUSTED)
-    # Models of which nothing else is exhausted than hard budgets, which refuse on purpose.
-    over_budget = {
-        model
-        for (model,), count in history.increase(ERRORS, _WINDOW, ("model",), type="budget").items()
-        if count and count >= exhausted[model,]
-    }
+    by_code = history.increase(REQUESTS, _WINDOW, ("model", "tenant", "code", "outcome"))
     groups: dict[tuple[str, bool], dict[str, dict[str, float]]] = {}
-    for (model, tenant, code), count in sorted(by_code.items(), key=lambda item: -item[1]):
+    for (model, tenant, code, outcome), count in sorted(by_code.items(), key=lambda item: -item[1]):
         if code != "OK" and count >= 1 and count >= _ERROR_SHARE * asked[model, tenant]:
-            group = (code, code == _EXHAUSTED and model in over_budget)
+            group = (code, outcome == "refused")
             groups.setdefault(group, {}).setdefault(model, {})[tenant] = count
     last = traces.last_failures() if groups else {}
-    for (code, is_budget), models in groups.items():
-        severity, title = _weight(code, is_budget=is_budget)
+    for (code, is_limit), models in groups.items():
+        severity, title = _weight(code, is_limit=is_limit)
         for names in _alike([*models]):
             failed = {(model, tenant): count for model in names for tenant, count in models[model].items()}
             # Requests for models that no worker serves are counted under OTHER.
@@ -215,14 +207,14 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
                 f"{number(count)} {'request' if count == 1 else 'requests'} in the last {seconds(_WINDOW)} "
                 f"({percent(count / all_asked)} of theirs) "
                 f"ended with {code}.{message}",
-                "/cost" if is_budget else f"/traces?{urlencode({'status': 'error', **text})}",
+                f"/traces?{urlencode({'status': 'error', **text})}",
             )
 
 
-def _weight(code: str, *, is_budget: bool) -> tuple[Severity, str]:
-    """How severe requests are that end with `code`, and in words."""
-    if is_budget:
-        return "note", "Requests are refused by a hard budget"
+def _weight(code: str, *, is_limit: bool) -> tuple[Severity, str]:
+    """How severe requests are that end with `code`, and in words. `is_limit`: they were more than the caller may."""
+    if is_limit:
+        return "note", "Requests are refused by a limit of their caller"
     return ("critical", "Requests fail") if code in SERVER_FAULTS else ("warning", "Requests are refused")
 
 

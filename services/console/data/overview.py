@@ -17,7 +17,6 @@ SPAN_SECONDS = 900.0
 MOST_ROWS = 60
 
 REQUESTS = "ringmesh_requests_total"
-ERRORS = "ringmesh_errors_total"
 DURATION = "ringmesh_request_duration_seconds"
 COMPUTE = "ringmesh_compute_seconds_total"
 STAGE = "ringmesh_worker_stage_seconds"
@@ -27,7 +26,7 @@ LOOP_LAG = "ringmesh_event_loop_lag_seconds"
 HITS = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined")
 COMPUTED = ("miss", "bypass")
 OUTCOMES = (*HITS, *COMPUTED)
-# Status codes of server errors; all others are errors of the caller.
+# Status codes of server errors where the outcome is "error"; all others are errors of the caller.
 SERVER_FAULTS = frozenset(
     {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "DATA_LOSS"}
 )

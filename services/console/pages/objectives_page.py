@@ -64,7 +64,8 @@ async def contents(sources: Sources, request: Request) -> Context:
     models = objectives(history, targets, ("model",)) if targets else {}
     models.pop((), None)  # present if there were no requests
     codes = history.rates(REQUESTS, edges, ("code",))
-    failed = overview.ratios(subtotals(codes, SERVER_FAULTS), subtotals(codes))
+    faults = history.rates(REQUESTS, edges, ("code",), outcome="error")
+    failed = overview.ratios(subtotals(faults, SERVER_FAULTS), subtotals(codes))
     return {
         "objectives": objectives(history, targets)[()] if targets else [],
         "asked": len(models),
@@ -141,7 +142,7 @@ def _burns(history: History) -> dict[str, dict[str, float]]:
 def _available(history: History, seconds: float, by: Sequence[str]) -> Values:
     """Returns the share of requests without a server error, for groups that have requests."""
     codes = history.increase(REQUESTS, seconds, (*by, "code"))
-    failed = subtotals(codes, SERVER_FAULTS)
+    failed = subtotals(history.increase(REQUESTS, seconds, (*by, "code"), outcome="error"), SERVER_FAULTS)
     return Values({key: 1 - failed.get(key, 0.0) / asked for key, asked in subtotals(codes).items() if asked})
 
 

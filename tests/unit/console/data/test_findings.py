@@ -16,40 +16,25 @@ def view(*, workers=(), models=()):
     return FleetSnapshot((router,), ServiceView("c:1", problem=""), tuple(models))
 
 
-def refusals(models, code="INVALID_ARGUMENT"):
+def refusals(models, code="INVALID_ARGUMENT", outcome="error"):
     """A history in which each of `models` refused its only tenant twice."""
     now = [1000.0]
     history = History(lambda: now[0])
     for count in (0, 2):
-        labels = [{"model": model, "tenant": "acme", "code": code} for model in models]
+        labels = [{"model": model, "tenant": "acme", "code": code, "outcome": outcome} for model in models]
         history.add("router", [sample("ringmesh_requests_total", of, count) for of in labels])
         now[0] += 2
     return history
 
 
-def exhausted(**by_type):
-    """A history in which the model `m` refused requests with RESOURCE_EXHAUSTED, so many of each type."""
-    now = [1000.0]
-    history = History(lambda: now[0])
-    for share in (0, 1):
-        counted = {"model": "m", "tenant": "acme", "code": "RESOURCE_EXHAUSTED"}
-        samples = [sample("ringmesh_requests_total", counted, share * sum(by_type.values()))]
-        for name, count in by_type.items():
-            samples.append(sample("ringmesh_errors_total", {"model": "m", "version": "1", "type": name}, share * count))
-        history.add("router", samples)
-        now[0] += 2
-    return history
-
-
-def test_what_a_hard_budget_refuses_on_purpose_is_a_note():
+def test_what_a_limit_of_the_caller_refuses_is_a_note():
     store = traces(("m", "RESOURCE_EXHAUSTED", "the budget of tenant 'acme' is used up"))
-    (found,) = findings.find(view(), exhausted(budget=5), store, {})
+    (found,) = findings.find(view(), refusals(["m"], "RESOURCE_EXHAUSTED", "refused"), store, {})
     assert (found.severity, found.title, found.where) == (
-        "note", "Requests are refused by a hard budget", "model m, tenant acme",
+        "note", "Requests are refused by a limit of their caller", "model m, tenant acme",
     )  # fmt: skip
     assert "the budget of tenant 'acme' is used up" in found.detail
-    assert found.link == "/cost"
-    (found,) = findings.find(view(), exhausted(budget=5, overload=1), store, {})
+    (found,) = findings.find(view(), refusals(["m"], "RESOURCE_EXHAUSTED"), store, {})
     assert (found.severity, found.title) == ("critical", "Requests fail")
 
 

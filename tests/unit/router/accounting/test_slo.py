@@ -1,6 +1,6 @@
 import pytest
 
-from router.accounting.request_metrics import OK, RequestMetrics
+from router.accounting.request_metrics import OK, RequestMetrics, outcome_of
 from router.accounting.slo import Slo
 from tests.unit.clock import Clock
 
@@ -37,6 +37,17 @@ def test_failures_of_ours_burn_and_those_of_callers_do_not(made):
     answered(requests, 10, code="INVALID_ARGUMENT")
     answered(requests, 10, code="UNAVAILABLE")
     assert burn(slo)["availability", "5m"] == pytest.approx(0.01 / 0.001)
+
+
+@pytest.mark.parametrize("kind", ["quota", "bytes", "concurrency", "budget", "too_large"])
+def test_limits_of_callers_do_not_burn_and_overload_does(made, kind):
+    _, requests, slo = made
+    answered(requests, 980)
+    for of, times in ((kind, 10), ("overload", 10)):
+        for _ in range(times):
+            requests.count(("ModelInfer", "m", "1", "", "RESOURCE_EXHAUSTED", outcome_of(of)), 1000, 0)
+    assert burn(slo)["availability", "5m"] == pytest.approx(0.01 / 0.001)
+    assert requests.answers() == (1000, 10)
 
 
 def test_late_answers_burn_and_failures_are_not_answers(made):
