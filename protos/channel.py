@@ -77,6 +77,8 @@ def channel_options(
         # Detects a vanished host within 15 s.
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
+        # gRPC 1.85 has this in place of the former.
+        ("grpc.http2.ping_timeout_ms", 5_000),
         ("grpc.http2.max_pings_without_data", 0),
         # Finds a restarted router soon.
         ("grpc.initial_reconnect_backoff_ms", 100),

@@ -170,11 +170,13 @@ class ModelStore:
                 raise ConfigError("; ".join(failures.values()))
             if decision is not None:
                 await asyncio.to_thread(self.decisions.keep, name, decision)
-        except (RepositoryError, ConfigError, OSError, RingmeshError) as error:
+        except Exception as error:
+            await self._drain(model for model in fresh if model not in held)
+            if not isinstance(error, (RepositoryError, ConfigError, OSError, RingmeshError)):
+                raise
             # Models that do not exist, and models that only this request provides, are not listed as failed.
             is_none = isinstance(error, NoSuchModelError) or (decision is not None and given is not None and not held)
             self._failed(name, {} if is_none else failures or {"": str(error)})
-            await self._drain(model for model in fresh if model not in held)
             raise _load_error(name, error) from None
         finally:
             if given is not None:
@@ -367,7 +369,19 @@ class ModelStore:
         else:
             resident = await self._budget.add(files, [kept.resident for kept in held if kept.resident is not None])
             model = resident.model
-        plain = Batcher(
+        try:
+            batcher = await self._batcher(model, files)
+        except BaseException as error:
+            if resident is not None:
+                await resident.budget.remove(resident)
+            if isinstance(error, ConfigError):
+                raise ModelLoadError(f"cannot load {files.origin}: its config.pbtxt {error}") from None
+            raise
+        return HeldModel(model, batcher, Statistics(model.name, str(model.version)), resident, snapshot)
+
+    async def _batcher(self, model: OnnxModel, files: ModelFiles) -> Batcher | Sequencer:
+        """Raises ConfigError."""
+        batcher = Batcher(
             model,
             self._executor,
             instances=model.concurrent_runs,
@@ -377,15 +391,9 @@ class ModelStore:
             if model.inline
             else None,
         )
-        batcher: Batcher | Sequencer = plain
-        if files.config.HasField("sequence_batching"):
-            try:
-                batcher = Sequencer(model, plain, files.folder.parent)
-            except ConfigError as error:
-                if resident is not None:
-                    await resident.budget.remove(resident)
-                raise ModelLoadError(f"cannot load {files.origin}: its config.pbtxt {error}") from None
-        return HeldModel(model, batcher, Statistics(model.name, str(model.version)), resident, snapshot)
+        if not files.config.HasField("sequence_batching"):
+            return batcher
+        return Sequencer(model, batcher, files.folder.parent)
 
     def _open_warm(self, files: ModelFiles) -> OnnxModel:
         """On a thread: opens a model and runs its warm-up. Raises ModelLoadError."""

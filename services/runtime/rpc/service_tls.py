@@ -16,6 +16,13 @@ from services.runtime.rpc.tls import Followed, TlsFiles
 _LOOK_SECONDS = 1.0
 # Calls on a replaced connection have this long to end.
 _GRACE_SECONDS = 60.0
+# A stream that only waits would never notice that the other host has vanished.
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 10_000),
+    # keepalive_timeout_ms has no effect in gRPC 1.85, which waits a minute for any ping.
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
 
 
 class ServiceTls:
@@ -63,7 +70,11 @@ def open_channel(
     interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
     tls: ServiceTls | None = None,
 ) -> grpc.aio.Channel:
-    """Returns a channel to a service, with `tls` unless it is None or the address a Unix socket."""
+    """Returns a channel to a service, with `tls` unless it is None or the address a Unix socket.
+
+    A call that waits for a host that has vanished ends with UNAVAILABLE within 15 s.
+    """
+    options = (*options, *_KEEPALIVE)
     if tls is None or address.startswith("unix:"):
         return grpc.aio.insecure_channel(address, options, interceptors=interceptors)
     made: Any = _ReloadedChannel(address, options, interceptors, tls)

@@ -10,8 +10,10 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.api.service import describe
 from services.inference.envelope import Work
 from services.inference.execution.model import ModelLoadError
+from services.inference.models import model_store
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore
 from services.inference.repository.repository import Directory, versions
+from services.inference.scheduling.batcher import Batcher
 from services.inference.worker import Worker
 from services.runtime import driver
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
@@ -291,3 +293,25 @@ async def test_an_ensemble_runs_though_its_steps_do_not_fit_together(tmp_path):
         (result,) = await driver.run(worker(made).execute([Work(message.SerializeToString(), b"", None, b"")]))
         assert not result.HasField("failure"), result.failure.message
     assert loaded(made) == {"doubled", "pipeline"}
+
+
+async def test_a_load_that_fails_for_any_reason_takes_no_memory(tmp_path, monkeypatch):
+    for version in (1, 2):
+        models.mlp(tmp_path, version=version)
+    (tmp_path / "mlp/config.pbtxt").write_text("version_policy { all {} }")
+    made = ModelStore(Directory(tmp_path), open_model, EXECUTOR, memory_limit=1 << 20, process_memory=lambda: 0)
+    batchers = []
+
+    def second_fails(*arguments, **options):
+        if batchers:
+            raise MemoryError
+        batchers.append(Batcher(*arguments, **options))
+        return batchers[0]
+
+    monkeypatch.setattr(model_store, "Batcher", second_fails)
+    with pytest.raises(MemoryError):
+        await made.load("mlp")
+    assert not made._budget._residents
+    monkeypatch.undo()
+    await made.load("mlp")
+    assert len(made._budget._residents) == 2

@@ -133,3 +133,52 @@ def test_files_that_cannot_be_used_are_named(client, ca, tmp_path):
     (tmp_path / "server-key.pem").unlink()
     with pytest.raises(TlsError, match=r"cannot read .*server-key\.pem"):
         ServiceTls(files)
+
+
+class Wire:
+    """Carries bytes between clients and a server at `port`, until `cut`: then none arrive, and no connection ends."""
+
+    def __init__(self, port):
+        self._port = port
+        self._is_cut = False
+
+    async def open(self):
+        self._server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def cut(self):
+        self._is_cut = True
+
+    async def _carry(self, reader, writer):
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+
+    async def _copy(self, reader, writer):
+        while data := await reader.read(1 << 16):
+            if not self._is_cut:
+                writer.write(data)
+        writer.close()
+
+
+async def test_a_stream_from_a_host_that_vanished_ends(monkeypatch):
+    pings = (("grpc.keepalive_time_ms", 200), ("grpc.http2.ping_timeout_ms", 200))
+    monkeypatch.setattr(service_tls, "_KEEPALIVE", (*pings, *service_tls._KEEPALIVE[2:]))
+
+    async def watch(_, __):
+        yield b"first"
+        await asyncio.Event().wait()
+
+    server = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", 100)])
+    handlers = {"Watch": grpc.unary_stream_rpc_method_handler(watch)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("s", handlers),))
+    wire = Wire(server.add_insecure_port("127.0.0.1:0"))
+    await server.start()
+    channel = open_channel(await wire.open(), ())
+    stream = channel.unary_stream("/s/Watch")(b"")
+    assert await stream.read() == b"first"
+    wire.cut()
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await asyncio.wait_for(stream.read(), 60)
+    assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
+    await channel.close()
+    await server.stop(0)
