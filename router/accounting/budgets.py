@@ -84,10 +84,12 @@ class Budgets:
         """Takes new leases in place of the old ones. What was spent after the request counts against them."""
         known = {_key(limit.budget): (limit, at) for limit, at in spent}
         limits: dict[tuple[str, str], list[Limit]] = {}
+        now_ms = self._clock() * 1000
         for lease in answer.leases:
             limit, at = known.get(_key(lease.budget), (Limit(lease.budget), 0))
-            # By the ledger's clock, the period that is over here may still last: its lease was spent in it.
-            if not (limit.is_ahead and lease.renews_at_ms < limit.renews_at_ms):
+            # By the ledger's clock, the period that is over here may still last: its lease was spent in it. Where this
+            # clock was set back since, it is not over here either.
+            if not (limit.is_ahead and now_ms >= lease.renews_at_ms):
                 if lease.renews_at_ms > limit.renews_at_ms or limit.is_ahead:
                     limit.lost = 0
                 limit.budget = lease.budget
