@@ -46,7 +46,8 @@ class Replies:
         model = call.model
         assert model is not None
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
-        end = time.time_ns()
+        # The clock may have been set back meanwhile.
+        end = max(call.start, time.time_ns())
         slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
         trace = call.trace
         if self._tracer.ratios:
@@ -150,7 +151,8 @@ class Replies:
 
     def _count_failed(self, call: Call, code: grpc.StatusCode, message: str, kind: str) -> Callable[[], None]:
         """Counts a failed call. Returns the remaining work, to be called on the event loop."""
-        end = time.time_ns()
+        # The clock may have been set back meanwhile.
+        end = max(call.start, time.time_ns())
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, "error")
         self._requests.count(labels, end - call.start, 0)
