@@ -89,7 +89,7 @@ class Budgets:
             limit, at = known.get(_key(lease.budget), (Limit(lease.budget), 0))
             # By the ledger's clock, the period that is over here may still last: its lease was spent in it. Where it
             # is not over here either, this router's clock was ahead and was set back.
-            if not lease.renews_at_ms < limit.renews_at_ms or now_ms < lease.renews_at_ms:
+            if lease.renews_at_ms >= limit.renews_at_ms or now_ms < lease.renews_at_ms:
                 if lease.renews_at_ms > limit.renews_at_ms or limit.is_ahead:
                     limit.lost = 0
                 limit.budget = lease.budget

@@ -163,8 +163,8 @@ class LedgerSender:
                 )
                 await asyncio.to_thread(self._spool.begin_again)
             else:
-                await asyncio.to_thread(self._spool.written, one)
                 self.sent += 1
+                await asyncio.to_thread(self._spool.written, one)
         return True
 
     async def _refused(self, one: Spooled, batch: bytes, error: grpc.aio.AioRpcError) -> bool:

@@ -400,7 +400,9 @@ class _Attempt:
 
     def _record(self, result: inference_pb2.WorkResult | None, error: str) -> None:
         candidate = self.candidate
-        worker, code, end = candidate.member.worker_id, code_name(result), time.time_ns()
+        worker, code = candidate.member.worker_id, code_name(result)
+        # The clock may have been set back meanwhile.
+        end = max(self._start, time.time_ns())
         self._parts.metrics.attempted(worker, self.kind, code, end - self._start)
         self._request.trace.span(
             EXECUTE,

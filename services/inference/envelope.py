@@ -50,7 +50,7 @@ class _Envelope:
         self.left = size
         self.all_ended: Promise[None] = Promise()
         self._outcomes: list[SplitResult | BaseException | None] = [None] * size
-        self._start = time.time_ns()
+        self._start = time.monotonic_ns()
 
     def ended(self, index: int, outcome: SplitResult | BaseException) -> None:
         self._outcomes[index] = outcome

@@ -41,7 +41,7 @@ def build_results(
 ) -> list[SplitResult]:
     """Builds and counts the results of requests of one model that have run. May be called on any thread.
 
-    `start`: in time.time_ns. Results of one run share everything but their responses and shares.
+    `start`: in time.monotonic_ns. Results of one run share everything but their responses and shares.
     """
     digest = wire.field(3, held.model.digest)
     results: list[SplitResult] = []
@@ -55,7 +55,7 @@ def build_results(
                 run = None
             response = _encode(held, decoded, batch)
             if run is None:
-                timing = _timing(held.model.provider, batch, start, time.time_ns())
+                timing = _timing(held.model.provider, batch, start, time.monotonic_ns())
                 run = _Run(batch, digest + wire.field(4, timing.SerializeToString()))
                 runs.append(run)
             run.requests += 1
@@ -65,11 +65,11 @@ def build_results(
                 serialized += wire.field(4, _SHARE + wire.varint(batch.share_us))  # is merged with the run's timing
             results.append(SplitResult(None, response, serialized))
         except Exception as error:
-            held.statistics.failed(time.time_ns() - start, kind_of(error))
+            held.statistics.failed(time.monotonic_ns() - start, kind_of(error))
             if isinstance(error, InvalidArgumentError):
                 error.model_digest = held.model.digest
             results.append(failed(error, start, held.model.name, decoded.trace_context))
-    now = time.time_ns()
+    now = time.monotonic_ns()
     for run in runs:
         batch = run.batch
         held.statistics.succeeded(batch, run.rows, now - start, now - batch.end_ns, run.requests)
@@ -103,7 +103,7 @@ def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inferenc
         share_us=batch.share_us,
         batch_requests=batch.batch_requests,
         batch_rows=batch.batch_rows,
-        received_unix_ns=start,
+        received_unix_ns=_unix_ns(start),
         total_us=(end - start) // 1000,
         queued_at_us=(batch.queued_ns - start) // 1000,
         run_at_us=(batch.run_ns - start) // 1000,
@@ -122,11 +122,16 @@ def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inferenc
     return timing
 
 
+def _unix_ns(at: int) -> int:
+    """The time of day of a time of time.monotonic_ns."""
+    return time.time_ns() - (time.monotonic_ns() - at)
+
+
 def failed(error: Exception, start: int, model: str = "", trace_context: bytes = b"") -> SplitResult:
     """The result of a request that failed. Logs errors other than RingmeshError."""
     what = f"a request of model {model} failed" if model else "a request failed"
     shown = faults.reported(log, what, error, trace_context[:16].hex())
-    timing = inference_pb2.Timing(received_unix_ns=start, total_us=(time.time_ns() - start) // 1000)
+    timing = inference_pb2.Timing(received_unix_ns=_unix_ns(start), total_us=(time.monotonic_ns() - start) // 1000)
     failure = inference_pb2.WorkResult(failure=shown.to_failure(), model_digest=shown.model_digest, timing=timing)
     return SplitResult(failure, b"")
 
@@ -136,6 +141,6 @@ def joined(result: SplitResult, start: int) -> SplitResult:
     message = inference_pb2.WorkResult()
     message.CopyFrom(result.message)
     message.timing.joined = True
-    message.timing.received_unix_ns = start
-    message.timing.total_us = (time.time_ns() - start) // 1000
+    message.timing.received_unix_ns = _unix_ns(start)
+    message.timing.total_us = (time.monotonic_ns() - start) // 1000
     return SplitResult(message, result.response)

@@ -63,7 +63,7 @@ class Worker:
 
     def _run_inline(self, works: Sequence[Work]) -> list[SplitResult] | None:
         """Runs `works` on this thread; None unless they are one quick run of plain requests of one model."""
-        start = time.time_ns()
+        start = time.monotonic_ns()
         held: HeldModel | None = None
         requests = []
         if sum([len(work.data) for work in works]) > MOST_BYTES_IN:
@@ -95,7 +95,7 @@ class Worker:
         return build_results(held, requests, batches, start)
 
     async def _request(self, work: Work) -> SplitResult:
-        start = time.time_ns()
+        start = time.monotonic_ns()
         name = ""
         try:
             read = self._reader.read
@@ -147,7 +147,7 @@ class Worker:
             held.statistics.withdrawn += 1
             raise
         except Exception as error:
-            held.statistics.failed(time.time_ns() - start, kind_of(error))
+            held.statistics.failed(time.monotonic_ns() - start, kind_of(error))
             if isinstance(error, InvalidArgumentError):
                 error.model_digest = held.model.digest
             raise

@@ -288,7 +288,7 @@ class World:
                 if held.model.name != "queued":
                     continue
                 for waiting in held.batcher._queue:
-                    late_ns = time.time_ns() - waiting.queued_ns - int(QUEUE_SECONDS * 1e9)
+                    late_ns = time.monotonic_ns() - waiting.queued_ns - int(QUEUE_SECONDS * 1e9)
                     if late_ns > HELD_NS and not waiting.future.done():
                         self.violated(
                             f"a request is {late_ns / 1e6:.0f} ms over its time in a queue of {worker.worker_id}"

@@ -90,6 +90,14 @@ async def test_batches_arrive_in_order(ledger, sender):
     assert sender.sent == 4
 
 
+async def test_a_batch_that_left_the_spool_is_counted_as_sent(sender, monkeypatch):
+    counted, written = [], sender.spool.written
+    monkeypatch.setattr(sender.spool, "written", lambda one: counted.append(sender.sent) or written(one))
+    await submit(sender, *BATCHES)
+    await all_sent(sender)
+    assert counted == [1, 2, 3, 4]
+
+
 async def test_a_batch_is_sent_again_until_it_is_acknowledged(ledger, sender):
     ledger.script = [(grpc.StatusCode.UNAVAILABLE, "later")] * 2 + [(grpc.StatusCode.RESOURCE_EXHAUSTED, "later")]
     await submit(sender, *BATCHES[:2])

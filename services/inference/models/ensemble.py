@@ -116,19 +116,19 @@ class Ensemble:
         """Runs the steps, each in batches of its model. Raises the errors of the steps, with the step's name."""
         if not self.runnable:
             raise FailedPreconditionError(f"ensemble {self.name!r} cannot run on this worker: {self.runnable.reason}")
-        start = time.time_ns()
+        start = time.monotonic_ns()
         steps: list[StepResult] = []
 
         async def run_step(index: int, inputs: dict[str, Array]) -> Mapping[str, Array]:
-            held, begun = self._steps[index], time.time_ns()
+            held, begun = self._steps[index], time.monotonic_ns()
             outputs = tuple([name for name in held.model.outputs if name in self.plan.steps[index].outputs])
             try:
                 step = prepare(inputs, held.model, outputs, decoded)
                 batch = await held.submit(step, deadline)
             except RingmeshError as error:
-                held.statistics.failed(time.time_ns() - begun, error.kind)
+                held.statistics.failed(time.monotonic_ns() - begun, error.kind)
                 raise error.within(f"step {held.model.name!r} of ensemble {self.name!r}") from None
-            now = time.time_ns()
+            now = time.monotonic_ns()
             held.statistics.succeeded(batch, step.rows, now - begun, now - batch.end_ns)
             assert isinstance(held.model, OnnxModel)  # checked by `resolved`
             steps.append(StepResult(held.model, begun, now, batch))
@@ -137,7 +137,9 @@ class Ensemble:
         tensors = await ensemble.run(self.plan, decoded.arrays, run_step)
         arrays = [tensors[name] for name in decoded.outputs]
         share_us = sum([step.batch.share_us for step in steps])
-        return BatchResult(arrays, start, start, start, time.time_ns(), 1, decoded.rows, True, share_us, steps=steps)
+        return BatchResult(
+            arrays, start, start, start, time.monotonic_ns(), 1, decoded.rows, True, share_us, steps=steps
+        )
 
     async def close(self) -> None:
         """Does nothing: the ensemble has no queue. Requests of its steps are drained with the steps."""

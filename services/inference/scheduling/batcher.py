@@ -39,7 +39,7 @@ _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
 
 class BatchResult:
-    """Outputs in the requested order, and the run that made them. Times are of time.time_ns."""
+    """Outputs in the requested order, and the run that made them. Times are of time.monotonic_ns."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class BatchResult:
 
 
 class StepResult(NamedTuple):
-    """The run of one step of an ensemble. `begun_ns` and `ended_ns` are of time.time_ns."""
+    """The run of one step of an ensemble. `begun_ns` and `ended_ns` are of time.monotonic_ns."""
 
     model: OnnxModel
     begun_ns: int
@@ -181,7 +181,7 @@ class Batcher:
         try:
             if self._closed:
                 return None
-            now = time.time_ns()
+            now = time.monotonic_ns()
             return self._run(requests, [now] * len(requests))
         finally:
             self._at_once.release()
@@ -249,7 +249,7 @@ class Batcher:
         until = self._returning.wait_until(rows)
         if rows < (self._preferred[0] if self._preferred else self._model.max_batch_rows):
             until = max(until, first.queued_ns + self._max_delay_ns)
-        now = time.time_ns()
+        now = time.monotonic_ns()
         if until <= now or self._closed:
             self._returning.began(rows)
             return False
@@ -317,7 +317,7 @@ class Batcher:
         if len(results) > 1 and isinstance(last := results[-1], BatchResult):
             waiting = self._rows()
             expected = min(waiting + last.batch_rows, self._model.max_batch_rows)
-            self._returning.answered(expected, waiting, last.end_ns - last.run_ns, time.time_ns())
+            self._returning.answered(expected, waiting, last.end_ns - last.run_ns, time.monotonic_ns())
 
     def _rows(self) -> int:
         return sum([waiting.decoded.rows for waiting in self._queue])
@@ -325,7 +325,7 @@ class Batcher:
     def _run_apart(self, batch: Sequence[QueuedRequest]) -> list[BatchResult | Exception]:
         """On a thread: runs one after the other the requests that still have a waiting caller."""
         results: list[BatchResult | Exception] = []
-        start, rows = time.time_ns(), 0
+        start, rows = time.monotonic_ns(), 0
         for waiting in batch:
             waiting.begun = True
             if waiting.future.done() or (waiting.deadline is not None and waiting.deadline <= time.monotonic()):
@@ -334,19 +334,19 @@ class Batcher:
                 results += self._run([waiting.decoded], [waiting.queued_ns])
                 rows += waiting.decoded.rows
         if len(batch) > 1 and rows:
-            self._learn((batch[0].decoded.signature, _APART_BITS), (time.time_ns() - start) / rows)
+            self._learn((batch[0].decoded.signature, _APART_BITS), (time.monotonic_ns() - start) / rows)
         return results
 
     def _run(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
         """On a thread: concatenates, runs and splits. A failed batch is halved, so that a bad request fails alone."""
-        start = time.time_ns()
+        start = time.monotonic_ns()
         first = requests[0]
         try:
             if len(requests) == 1:
                 inputs = first.arrays
             else:
                 inputs = {name: np.concatenate([decoded.arrays[name] for decoded in requests]) for name in first.arrays}
-            run, cpu = time.time_ns(), time.thread_time_ns()
+            run, cpu = time.monotonic_ns(), time.thread_time_ns()
             with self._watch:
                 outputs = self._model.run(inputs, first.outputs)
             cpu = time.thread_time_ns() - cpu
@@ -359,7 +359,7 @@ class Batcher:
             half = len(requests) // 2
             first_half = self._run(requests[:half], queued_ns[:half])  # compiled: halved at most 64 times
             return first_half + self._run(requests[half:], queued_ns[half:])  # compiled: likewise
-        end = time.time_ns()
+        end = time.monotonic_ns()
         if isinstance(first.signature, tuple):  # a request that cannot share a run has another kind of signature
             self._learn((first.signature, rows.bit_length()), (end - run) / max(1, rows))
             if self._inline_runs is not None:

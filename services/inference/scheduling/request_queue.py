@@ -23,13 +23,13 @@ _LEFT_BEHIND = 64
 
 
 class QueuedRequest:
-    """A request in the queue. `deadline` and `times_out`: in time.monotonic. `queued_ns`: in time.time_ns."""
+    """A request in the queue. `deadline` and `times_out`: in time.monotonic. `queued_ns`: in time.monotonic_ns."""
 
     def __init__(self, decoded: Decoded, deadline: float | None, future: asyncio.Future[Any]) -> None:
         self.decoded = decoded
         self.deadline = deadline
         self.future = future
-        self.queued_ns = time.time_ns()
+        self.queued_ns = time.monotonic_ns()
         self.level: _Level | None = None
         # Infinite without a queue timeout, and after the level has delayed the request.
         self.times_out = math.inf

@@ -14,7 +14,7 @@ class ReturningCallers:
 
     Their requests arrive a little later than the next batch could begin. A batch that does not wait for them splits the
     callers into two halves that take turns, each with a batch half as large. Earlier waits show whether callers return;
-    if they do not, batches do not wait. Times are of time.time_ns.
+    if they do not, batches do not wait. Times are of time.monotonic_ns.
     """
 
     def __init__(self) -> None:

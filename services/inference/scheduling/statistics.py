@@ -3,6 +3,7 @@
 from __future__ import annotations  # compiled by mypyc
 
 import threading
+import time
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
@@ -60,7 +61,7 @@ class Statistics:
         input_ns, infer_ns = batch.run_ns - batch.start_ns, batch.end_ns - batch.run_ns
         with self._lock:
             self._rows += rows
-            self._last_ns = batch.end_ns
+            self._last_ns = time.time_ns()
             self._success.add(total_ns, requests)
             self._queue.add(queue_ns, requests)
             self._input.add(input_ns, requests)

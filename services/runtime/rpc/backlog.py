@@ -150,8 +150,9 @@ class Backlog:
         before = self._handed
         ended, is_idle = self._ended()
         unread = self._handed - ended
-        # If too much was taken for lost, the rest ends nevertheless, which corrects it.
-        self._lost = max(0, before - ended) if is_idle else min(self._lost, unread)
+        # If too much was taken for lost, the rest ends nevertheless, or is withdrawn, which corrects it.
+        lost = before - ended if is_idle else self._lost
+        self._lost = max(0, min(lost, unread))
         return unread - self._lost
 
     def _look(self) -> None:

@@ -113,6 +113,21 @@ async def test_a_wrong_request_fails_alone(worker):
     assert worker.load.requests == 0
 
 
+async def test_a_clock_that_is_set_back_meanwhile_fails_no_request(worker, monkeypatch):
+    model_of(worker).gate.clear()
+    running = asyncio.create_task(execute(worker, [work(1), work(2)]))
+    await turns()
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - 3600 * 10**9)
+    model_of(worker).gate.set()
+    for result in await running:
+        assert not result.HasField("failure")
+        assert result.timing.queue_us + result.timing.compute_us <= result.timing.total_us
+    statistics = worker.store.held.find("mlp", "").statistics.message()
+    assert statistics.inference_stats.success.count == 2
+    assert statistics.last_inference == (now - 3600 * 10**9) // 1_000_000
+
+
 async def test_equal_requests_run_once_in_one_envelope_and_across_two(worker):
     model_of(worker).gate.clear()
     model_of(worker).runs.clear()

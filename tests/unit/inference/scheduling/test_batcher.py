@@ -475,14 +475,23 @@ async def test_a_model_that_is_to_wait_for_more_runs_nothing_at_once(monkeypatch
     assert batcher.run_at_once([request(1)]) is None
 
 
+async def test_a_clock_that_is_set_back_holds_up_no_request(monkeypatch):
+    batcher = Batcher(Doubler(), EXECUTOR, batching=ModelDynamicBatching(max_queue_delay_microseconds=1000))
+    (waits,) = await submit(batcher, request(1))
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - 3600 * 10**9)
+    async with asyncio.timeout(60):
+        await waits
+
+
 class RunClock:
-    """Replaces time.time_ns, which only runs and timers move: what a run takes does not depend on the machine."""
+    """Replaces time.monotonic_ns, which only runs and timers move: what a run takes does not depend on the machine."""
 
     def __init__(self, monkeypatch) -> None:
-        self._now = time.time_ns()
+        self._now = time.monotonic_ns()
         self._lock = threading.Lock()
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr(time, "time_ns", lambda: self._now)
+        monkeypatch.setattr(time, "monotonic_ns", lambda: self._now)
         monkeypatch.setattr(loop, "call_later", lambda seconds, *call: loop.call_at(0, self._fire, seconds, *call))
 
     def advance(self, seconds) -> None:

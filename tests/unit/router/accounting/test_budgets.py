@@ -181,3 +181,14 @@ def test_a_router_whose_clock_is_ahead_spends_its_part_of_the_next_period_once()
     # The ledger is there, too.
     renew(budgets, leases(4, next_nano=7, renews_at_ms=MONTH + 31 * 86_400_000, tenant="acme", model="mlp"))
     assert lets_in(budgets, 20) == 4
+
+
+def test_a_router_whose_clock_was_ahead_and_is_set_back_has_the_ledgers_leases_again():
+    now = MONTH / 1000 + 365 * 86_400
+    budgets = Budgets(lambda: now)
+    answer = leases(5, next_nano=7, tenant="acme", model="mlp")
+    renew(budgets, answer)
+    assert lets_in(budgets, 20) == 7
+    now = MONTH / 1000 - 1
+    renew(budgets, answer)
+    assert lets_in(budgets, 20) == 5

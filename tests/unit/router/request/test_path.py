@@ -158,6 +158,18 @@ async def test_it_is_answered_and_kept():
     assert (router.under_way(), router.counted("OK")) == ((0, 0), 2)
 
 
+async def test_a_request_lasts_no_negative_time_if_the_clock_is_set_back_meanwhile(monkeypatch):
+    router = Router()
+    router.send()
+    router.send(request(value=2.0))
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - 3600 * 10**9)
+    router.worker.end(index=0)
+    router.worker.end(WRONG, index=1)
+    assert (router.counted("OK"), router.counted("INVALID_ARGUMENT")) == (1, 1)
+    assert [series.sum_ns for _, series in router.requests._all()] == [0, 0]
+
+
 async def test_a_hit_is_answered_where_it_is_received():
     router = Router()
     router.send()

@@ -193,6 +193,12 @@ def test_what_was_taken_for_lost_and_ends_after_all_is_not_lost(wire):
     assert wire.unread == MB
 
 
+def test_an_answer_that_is_withdrawn_while_the_engine_is_asked_is_not_lost():
+    backlog = Backlog(LIMIT, lambda: (backlog.withdraw(A, MB) or 0, True))
+    assert backlog.admit(A, MB)
+    assert {sample.value for sample in backlog.samples()} == {0}
+
+
 def test_an_answer_that_could_not_be_handed_over_does_not_count(wire):
     for _ in range(1000):
         assert wire.backlog.admit(A, MB)
