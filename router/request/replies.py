@@ -10,7 +10,7 @@ import grpc
 
 from cache.mesh import Found, Mesh
 from router.accounting.accounts import Accounts
-from router.accounting.meter import CPU
+from router.accounting.meter import CPU, elapsed
 from router.accounting.request_metrics import OK, STEP, LabelValues, outcome_of
 from router.request.audit import Audit
 from router.request.call import Call
@@ -47,9 +47,8 @@ class Replies:
         model = call.model
         assert model is not None
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
-        # The clock may have been set back meanwhile.
-        end = max(call.start, time.time_ns())
-        slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
+        end = time.time_ns()
+        slow = self._requests.count(labels, elapsed(call.start, end), found.entry.compute_us)
         trace = call.trace
         if self._tracer.ratios:
             self._tracer.sample(trace, model.name)
@@ -152,11 +151,10 @@ class Replies:
 
     def _count_failed(self, call: Call, code: grpc.StatusCode, message: str, kind: str) -> Callable[[], None]:
         """Counts a failed call. Returns the remaining work, to be called on the event loop."""
-        # The clock may have been set back meanwhile.
-        end = max(call.start, time.time_ns())
+        end = time.time_ns()
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, outcome_of(kind))
-        self._requests.count(labels, end - call.start, 0)
+        self._requests.count(labels, elapsed(call.start, end), 0)
         self._requests.failed(model, version, kind)
         call.failed = labels, len(call.trace.stages)
         if self._meter is not None:
@@ -177,6 +175,8 @@ class Replies:
         slow: bool = False,
     ) -> None:
         """Retains the trace of a call that is sampled, slow or failed; logs it if it is slow or failed."""
+        # The clock may have been set back meanwhile.
+        end = max(call.start, end)
         trace = call.trace
         self._requests.exemplify(labels, end - call.start, trace.trace_id, end)
         state, baggage = protocol.state_and_baggage(call.metadata)
