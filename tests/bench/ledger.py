@@ -31,6 +31,7 @@ from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage import usage_rows
 from services.ledger.storage.database import READING
 from services.ledger.storage.partitions import usage_partition
+from services.ledger.storage.times import WEEK_MS
 from tests import installation
 from tests.bench.__main__ import measure, two_trees
 from tests.bench.harness import build_loadgen, count, positive
@@ -266,7 +267,7 @@ async def plans(ledger, calls, days):
     """How PostgreSQL goes about each report, as a document."""
     until = now_ms() // HOUR_MS * HOUR_MS
     range_ = TimeRange(until - days * DAY_MS, until)
-    cells = pieces([range_.from_ms, range_.until_ms])
+    cells = pieces([range_.from_ms, range_.until_ms], until // WEEK_MS * WEEK_MS)
     statements = {
         f"by {', '.join(groups) or 'nothing'}{' of one ' + name if name else ''}": usage_query.statement(
             cells, groups, {name: f"{name}-3"} if name else {}

@@ -20,7 +20,7 @@ from services.ledger.storage.database import Connection, Database, DataRefusedEr
 from services.ledger.storage.kinds import UsageKind
 from services.ledger.storage.partitions import DAYS_AHEAD, Partitions, usage_partition
 from services.ledger.storage.rollups import Deltas
-from services.ledger.storage.times import DAY_MS, day_of, midnight_ms, utc
+from services.ledger.storage.times import DAY_MS, day_of, midnight_ms, milliseconds, utc
 from services.ledger.storage.usage_rows import Integers, Rows
 from services.runtime.errors import (
     FailedPreconditionError,
@@ -241,12 +241,13 @@ class Writer:
             await _copy(connection, usage_partition(day_of(int(number) * DAY_MS)), rows[day_numbers == number])
         measures = {name: np.concatenate([table.measure(name) for table in tables]) for name in rollups.MEASURES}
         minutes_from_ms = midnight_ms(self._partitions.retention.first_minute_day(today))
+        weeks_until_ms = milliseconds(await rollups.sum_weeks(connection, self._partitions, now_ms))
         series = np.concatenate([table.series for table in tables])
-        await Deltas("rollup", at_ms, series, measures).apply(connection, minutes_from_ms)
+        await Deltas("rollup", at_ms, series, measures).apply(connection, minutes_from_ms, weeks_until_ms)
         of_margins = np.concatenate([table.margins for table in tables], axis=1)
         every = {name: np.tile(measure, len(of_margins)) for name, measure in measures.items()}
         deltas = Deltas("margin", np.tile(at_ms, len(of_margins)), of_margins.ravel(), every)
-        await deltas.apply(connection, minutes_from_ms)
+        await deltas.apply(connection, minutes_from_ms, weeks_until_ms)
         return days
 
     async def _write_observed(

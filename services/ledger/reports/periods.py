@@ -18,13 +18,14 @@ class Piece(NamedTuple):
     until_ms: int
 
 
-def pieces(boundaries: Sequence[int], coarsest: str = "week") -> list[Piece]:
-    """Of the segments between `boundaries`, which are multiples of a minute; of grains up to `coarsest`."""
-    grains = [*GRAINS]
-    grains = grains[grains.index(coarsest) :: -1]
+def pieces(boundaries: Sequence[int], weeks_until_ms: int = 0) -> list[Piece]:
+    """Of the segments between `boundaries`, which are multiples of a minute; with weeks before `weeks_until_ms`."""
+    grains = [*GRAINS][::-1]
     found: list[Piece] = []
     for segment, (begin, end) in enumerate(pairwise(boundaries)):
-        found += (Piece(segment, *part) for part in _split(begin, end, grains))
+        middle = min(max(begin, weeks_until_ms), end)
+        found += (Piece(segment, *part) for part in _split(begin, middle, grains))
+        found += (Piece(segment, *part) for part in _split(middle, end, grains[1:]))
     return found
 
 

@@ -60,6 +60,8 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
             if grain == "week":
                 week = datetime.combine(week_of(day), datetime.min.time(), UTC)
                 arguments = bounds = week, week + timedelta(days=7)
+                if week >= await rollups.weeks_until(connection):
+                    break
             for tables in ("rollup", "margin"):
                 await connection.execute(f"DELETE FROM {tables}_{grain} WHERE at >= $1 AND at < $2", *bounds)
             if grain != "minute" or keeps_minutes:

@@ -9,8 +9,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from services.ledger.reports.periods import Piece, pieces
 from services.ledger.storage.cubes import smallest
 from services.ledger.storage.database import Connection
-from services.ledger.storage.rollups import MEASURES
-from services.ledger.storage.times import utc
+from services.ledger.storage.rollups import MEASURES, weeks_until
+from services.ledger.storage.times import milliseconds, utc
 from services.runtime.errors import InvalidArgumentError
 
 # Values by column, one or several.
@@ -73,7 +73,8 @@ async def rows(
 
     Raises InvalidArgumentError where they are too many.
     """
-    if not (parts := pieces(boundaries, "day" if "day" in groups else "week")):
+    until = 0 if "day" in groups else milliseconds(await weeks_until(connection))
+    if not (parts := pieces(boundaries, until)):
         return []
     sql, arguments = statement(parts, groups, filters)
     found: Sequence[Any] = await connection.fetch(sql, *arguments)

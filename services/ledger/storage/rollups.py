@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping
-from datetime import date
+from datetime import date, datetime, timedelta
 from typing import Final
 
 import numpy as np
 
 from services.ledger.storage.database import Connection
-from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS, WEEK_MS
+from services.ledger.storage.partitions import Partitions
+from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS, WEEK_MS, utc
 from services.ledger.storage.usage_rows import Integers
 
 MEASURES: Final = (
@@ -52,10 +53,12 @@ class Deltas:
         self._series = series
         self._measures = measures
 
-    async def apply(self, connection: Connection, minutes_from_ms: int) -> None:
-        """In the caller's transaction, which no other writes beside. Minutes before `minutes_from_ms` are not kept."""
+    async def apply(self, connection: Connection, minutes_from_ms: int, weeks_until_ms: int) -> None:
+        """In the caller's transaction, which no other writes beside. Minutes before `minutes_from_ms` are not kept,
+        weeks from `weeks_until_ms` on not summed yet."""
+        kept_of = {"minute": self._at_ms >= minutes_from_ms, "week": self._at_ms < weeks_until_ms}
         for grain in GRAINS:
-            kept = self._at_ms >= minutes_from_ms if grain == "minute" else np.ones(len(self._at_ms), bool)
+            kept = kept_of.get(grain, np.ones(len(self._at_ms), bool))
             if kept.any():
                 await connection.execute(_upsert(f"{self._tables}_{grain}"), *self._cells(GRAINS[grain], kept))
 
@@ -68,6 +71,31 @@ class Deltas:
         starts = np.flatnonzero(np.concatenate(([True], (np.diff(at) != 0) | (np.diff(series) != 0))))
         sums = (np.add.reduceat(self._measures[name][kept][order], starts) for name in MEASURES)
         return [column.tolist() for column in (at[starts], series[starts], *sums)]
+
+
+async def weeks_until(connection: Connection) -> datetime:
+    """Weeks before have cells."""
+    until: datetime = await connection.fetchval("SELECT until FROM weeks_summed")
+    return until
+
+
+async def sum_weeks(connection: Connection, partitions: Partitions, now_ms: int) -> datetime:
+    """Sums the weeks that are over from their days, in the writer's transaction; returns the end of the last one."""
+    since, until = await weeks_until(connection), utc(now_ms // WEEK_MS * WEEK_MS)
+    if until <= since:
+        return since
+    weeks = (until - since).days // 7
+    await partitions.ensure(connection, [since.date() + timedelta(days=7 * week) for week in range(weeks)])
+    for tables in ("rollup", "margin"):
+        await connection.execute(
+            f"INSERT INTO {tables}_week (at, series, {', '.join(MEASURES)}) SELECT date_bin('1 week', at, 'epoch'), "
+            f"series, {', '.join(f'bigint_sum({name})' for name in MEASURES)} FROM {tables}_day "
+            "WHERE at >= $1 AND at < $2 GROUP BY 1, 2 ORDER BY 1, 2",
+            since,
+            until,
+        )
+    await connection.execute("UPDATE weeks_summed SET until = $1", until)
+    return until
 
 
 async def touch(connection: Connection, days: Iterable[date]) -> None:

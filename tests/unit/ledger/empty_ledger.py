@@ -31,7 +31,7 @@ class _Connection:
 
     async def fetchval(self, sql, *arguments):
         await self.fetch(sql, *arguments)
-        return 0
+        return utc(0) if "weeks_summed" in sql else 0
 
     async def execute(self, sql, *arguments):
         await self.fetch(sql, *arguments)
