@@ -170,8 +170,10 @@ def kill_postgres(ledger):
     with suppress(psutil.NoSuchProcess, AttributeError):
         postmaster = ledger.postgres()
         for child in postmaster.children() if random.random() < 0.5 else ():
-            if "ringmesh" in " ".join(child.cmdline()):
-                child.kill()
+            # The others end with the first.
+            with suppress(psutil.NoSuchProcess):
+                if "ringmesh" in " ".join(child.cmdline()):
+                    child.kill()
         postmaster.kill()
 
 
