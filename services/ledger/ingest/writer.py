@@ -253,7 +253,7 @@ class Writer:
     async def _write_observed(
         self, connection: Connection, batches: list[UsageBatch], numbers: _Numbers, now_ms: int
     ) -> set[date]:
-        """Which workers were up, and samples of keys, of the days that those are kept. Days whose bill changes."""
+        """Which workers were up, and samples of keys, as far as they are kept. Returns the days whose bill changes."""
         retention, today = self._partitions.retention, day_of(now_ms)
         end_ms = (now_ms // DAY_MS + DAYS_AHEAD + 1) * DAY_MS
         # Seconds of a time whose seconds are not kept cannot be told from those that were counted.

@@ -9,7 +9,6 @@ from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Connection, Database
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.rollups import MEASURES
-from services.ledger.storage.times import week_of
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
 
 # $3 and $4 are the fields of `kinds.KindNumbers`.
@@ -56,28 +55,24 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
         # Each grain from the one before, the finest from the records.
         source, sums = "usage u", _FROM_RECORDS
         arguments: tuple[object, ...] = (*bounds, *await kinds.numbers(connection))
-        for grain in rollups.GRAINS:
-            if grain == "week":
-                week = datetime.combine(week_of(day), datetime.min.time(), UTC)
-                arguments = bounds = week, week + timedelta(days=7)
-                if week >= await rollups.weeks_until(connection):
-                    break
+        for grain in ("minute", "hour", "day"):
             for tables in ("rollup", "margin"):
                 await connection.execute(f"DELETE FROM {tables}_{grain} WHERE at >= $1 AND at < $2", *bounds)
             if grain != "minute" or keeps_minutes:
                 await _fill(connection, grain, source, sums, arguments)
                 source, sums, arguments = f"rollup_{grain} u", _FROM_CELLS, bounds
+        await rollups.sum_week_again(connection, day)
         await rollups.touch(connection, [day])
     partitions.made([day])
     return records, requests
 
 
 async def _fill(connection: Connection, grain: str, source: str, sums: str, arguments: tuple[object, ...]) -> None:
-    """The cells of a time, whose bounds are the first two of `arguments`. Margins are there since its records were
+    """The cells of a day, whose bounds are the first two of `arguments`. Margins are there since its records were
     written."""
     await connection.execute(
         f"INSERT INTO rollup_{grain} (at, series, {_NAMES}) "
-        f"SELECT date_bin('1 {grain}', u.at, 'epoch'), u.series, {sums} FROM {source} "
+        f"SELECT date_trunc('{grain}', u.at, 'UTC'), u.series, {sums} FROM {source} "
         "WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2 ORDER BY 1, 2",
         *arguments,
     )

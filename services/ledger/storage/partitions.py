@@ -23,7 +23,7 @@ _OF_WEEKS = ("rollup_week", "margin_week")
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Days that records (with what tells them and seconds of workers apart), minutes, and hours and days are kept."""
+    """For how many days are kept: records, digests of batches and seconds of workers; minutes; longer cells."""
 
     usage: int
     minutes: int

@@ -11,7 +11,7 @@ import numpy as np
 
 from services.ledger.storage.database import Connection
 from services.ledger.storage.partitions import Partitions
-from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS, WEEK_MS, utc
+from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS, WEEK_MS, midnight_ms, utc, week_of
 from services.ledger.storage.usage_rows import Integers
 
 MEASURES: Final = (
@@ -86,6 +86,22 @@ async def sum_weeks(connection: Connection, partitions: Partitions, now_ms: int)
         return since
     weeks = (until - since).days // 7
     await partitions.ensure(connection, [since.date() + timedelta(days=7 * week) for week in range(weeks)])
+    await _fill_weeks(connection, since, until)
+    await connection.execute("UPDATE weeks_summed SET until = $1", until)
+    return until
+
+
+async def sum_week_again(connection: Connection, day: date) -> None:
+    """Sums the week of a day whose cells have changed, if it is summed already; in the writer's transaction."""
+    week = utc(midnight_ms(week_of(day)))
+    if week < await weeks_until(connection):
+        for tables in ("rollup", "margin"):
+            await connection.execute(f"DELETE FROM {tables}_week WHERE at = $1", week)
+        await _fill_weeks(connection, week, week + timedelta(days=7))
+
+
+async def _fill_weeks(connection: Connection, since: datetime, until: datetime) -> None:
+    """From the cells of days; there are none of those weeks yet."""
     for tables in ("rollup", "margin"):
         await connection.execute(
             f"INSERT INTO {tables}_week (at, series, {', '.join(MEASURES)}) SELECT date_bin('1 week', at, 'epoch'), "
@@ -94,8 +110,6 @@ async def sum_weeks(connection: Connection, partitions: Partitions, now_ms: int)
             since,
             until,
         )
-    await connection.execute("UPDATE weeks_summed SET until = $1", until)
-    return until
 
 
 async def touch(connection: Connection, days: Iterable[date]) -> None:
