@@ -85,7 +85,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
             await asyncio.wait_for(has_workers.wait(), _FIRST_WORKER_SECONDS)
     set_title("router", settings.address, await server.start())
     exposition = await publish(settings, metrics, tracer.process)
-    router.accounts.load.start(server.receiver_seconds)
+    router.accounts.load.start()
     _start_upkeep(router)
     await stopping.wait()
     fleet.events.close()

@@ -77,7 +77,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     port = envelopes.port = await server.start()
     set_title("worker", settings.address, port)
     exposition = await publish(settings, metrics, tracer.process)
-    report.start(server.receiver_seconds)
+    report.start()
     background = [BACKGROUND.once("readiness", partial(_serve_once_usable, server, store))]
     announcer = None
     if redis is not None:

@@ -1,7 +1,7 @@
-"""Fast paths of the native engine: coroutines begun on its receiving thread, beside the event loop."""
+"""Fast paths of the native engine: coroutines without a task."""
 
 import asyncio
-import threading
+import struct
 import time
 from functools import partial
 
@@ -11,15 +11,20 @@ import pytest
 from services.runtime.driver import ON_LOOP
 from services.runtime.errors import ResourceExhaustedError
 from services.runtime.oip.protocol import fast_path_handler
-from services.runtime.rpc.fast_path import FastPathServer
+from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import Answer
+from tests.system.raw_http2 import RST_STREAM, RawClient, frame
 
 NAME = "test.FastPaths"
+CALL = [
+    (":method", "POST"), (":scheme", "http"), (":authority", "x"), ("content-type", "application/grpc"),
+    ("te", "trailers"),
+]  # fmt: skip
 
 
 async def serve(path):
     """The server of one fast path and a channel to it."""
-    server = FastPathServer([], {f"/{NAME}/Call": path})
+    server = NativeServer({f"/{NAME}/Call": path}, 4 << 20)
     handlers = {"Call": fast_path_handler(path)}
     server.add_registered_method_handlers(NAME, handlers)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
@@ -32,7 +37,7 @@ async def echo(data, metadata, deadline):
     return Answer(data, ())
 
 
-async def test_a_call_is_answered_while_the_event_loop_is_held_up():
+async def test_what_follows_an_answer_is_done_after_it_was_sent():
     done = []
 
     async def path(data, metadata, deadline):
@@ -41,15 +46,10 @@ async def test_a_call_is_answered_while_the_event_loop_is_held_up():
     server, channel = await serve(path)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call")
-        assert await asyncio.to_thread(call, b"warm", timeout=60) == b"at once warm"
-        answer = call.future(b"x", timeout=60)
-        end = time.monotonic() + 60
-        while not answer.done() and time.monotonic() < end:
-            time.sleep(0.001)  # noqa: ASYNC251, holds up the event loop
-        assert answer.result(0) == b"at once x"
-        assert b"x" not in done
+        for data in (b"x", b"y"):
+            assert await asyncio.to_thread(call, data, timeout=60) == b"at once " + data
         async with asyncio.timeout(60):
-            while done != [b"warm", b"x"]:  # told to the event loop, which then does it
+            while done != [b"x", b"y"]:
                 await asyncio.sleep(0.001)
     await server.stop(0)
 
@@ -71,7 +71,7 @@ async def test_what_is_not_answered_at_once_continues_on_the_event_loop():
             answer, told = await asyncio.to_thread(call, data, timeout=20_000)
             assert answer == data + b" 20"
             assert ("told", "so") in told.trailing_metadata()
-        assert server._under_way == {}
+        assert not server._under_way
     await server.stop(0)
 
 
@@ -92,7 +92,7 @@ async def test_a_caller_that_leaves_cancels_its_call():
         await asyncio.wait_for(begun.wait(), 60)
         call.cancel()
         await asyncio.wait_for(cancelled.wait(), 60)
-        assert server._under_way == {}
+        assert not server._under_way
     await server.stop(0)
 
 
@@ -112,11 +112,10 @@ async def test_at_its_deadline_a_call_is_ended():
     await server.stop(0)
 
 
-async def test_a_caller_that_leaves_before_the_event_loop_hears_of_it_leaves_nothing_behind():
-    begun, released = threading.Event(), []
+async def test_a_caller_that_leaves_in_the_chunk_of_its_request_leaves_nothing_behind():
+    released = []
 
     async def path(data, metadata, deadline):
-        begun.set()
         try:
             await ON_LOOP
             await asyncio.get_running_loop().create_future()
@@ -124,14 +123,18 @@ async def test_a_caller_that_leaves_before_the_event_loop_hears_of_it_leaves_not
             released.append(data)
 
     server, channel = await serve(path)
-    with channel:
-        call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
-        begun.wait(60)  # on the receiving thread, while the event loop is held up
-        call.cancel()
-        time.sleep(0.2)  # noqa: ASYNC251, so that mostly both come in one turn of the event loop
+    channel.close()
+    with RawClient(server._servers[0].sockets[0].getsockname()[1]) as client:
+        for stream in (1, 3):
+            client.call(stream, [*CALL, (":path", f"/{NAME}/Call")])
+        client.send(frame(RST_STREAM, 0, 1, struct.pack(">I", 8)))  # as the two calls, before the event loop reads
         async with asyncio.timeout(60):
-            while (server._under_way, released) != ({}, [b"x"]):
+            while len(server._under_way) != 1 or len(released) != 1:
                 await asyncio.sleep(0.01)
+    async with asyncio.timeout(60):
+        while server._under_way:
+            await asyncio.sleep(0.01)
+    assert len(released) == 2
     await server.stop(0)
 
 

@@ -400,7 +400,7 @@ def test_calls_whose_callers_leave_at_once_are_forgotten():
                 for stream in range(1, 41, 2):
                     client.call(stream, changed(":path", LIVE))
         assert is_well(serving)
-        eventually(lambda: not serving.server._server._calls)
+        eventually(lambda: not serving.server._server._under_way)
     finally:
         serving.close()
 

@@ -1,13 +1,14 @@
-"""A server's connections as the kernel lists them, to ask clients to reconnect elsewhere without ending their calls.
+"""The connections of a grpcio server as the kernel lists them, to ask clients to reconnect elsewhere without ending their calls.
 
 HTTP/2 has a frame for that: GOAWAY with the highest stream id (RFC 9113 6.8). A client that receives it finishes its
-calls here and makes new ones on another connection. pygrpc-native never sends it. grpc.aio sends it only when it stops,
-and then cancels calls in flight. So this module writes the frame to the socket itself, between the engine's frames. A
+calls here and makes new ones on another connection. grpc.aio sends it only when it stops, and then cancels calls in
+flight. So this module writes the frame to the socket itself, between the engine's frames. A
 write to a socket is complete unless its buffer is full, so a connection with unsent bytes is left for the next round.
 """
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import math
 import os
@@ -31,27 +32,32 @@ _GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + struct.pack(">II", 0x7FFFFFFF, 0)
 
 
 class Connections:
-    """The connections that this process accepted at a TCP port. Methods block."""
+    """The connections that this process accepted at a TCP port."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         # By inode: when each connection was first seen; inf if its client was asked to leave.
         self._seen: dict[str, float] = {}
 
-    def stop_listening(self) -> None:
+    async def stop_listening(self) -> None:
         """Makes the kernel refuse new connections, as if the process were gone.
 
-        Each listening descriptor is replaced by one of a socket that has no clients. After a shutdown(2) of the
-        descriptor, pygrpc-native would retry accept in a busy loop.
+        Each listening descriptor is replaced by one of a socket that has no clients.
         """
+        await asyncio.to_thread(self._deafen)
+
+    def _deafen(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as deaf:
             deaf.bind("")  # the kernel chooses a name
             deaf.listen()
             for descriptor, _, _ in self._sockets(listening=True):
                 os.dup2(deaf.fileno(), descriptor, inheritable=False)
 
-    def release(self, now: float, older_than: float = 0.0) -> bool:
+    async def release(self, now: float, older_than: float = 0.0) -> bool:
         """Asks clients of connections seen for `older_than` seconds to leave; False if some could not be asked."""
+        return await asyncio.to_thread(self._release, now, older_than)
+
+    def _release(self, now: float, older_than: float) -> bool:
         seen = {}
         all_asked = True
         for _, inode, connection in self._sockets(listening=False):
@@ -66,9 +72,9 @@ class Connections:
         self._seen = seen
         return all_asked
 
-    def are_open(self) -> bool:
+    async def are_open(self) -> bool:
         """Whether there is any."""
-        return any(True for _ in self._sockets(listening=False))
+        return await asyncio.to_thread(lambda: any(True for _ in self._sockets(listening=False)))
 
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
         """Yields the remote address of each connection, and the bytes it has acknowledged since the start."""

@@ -9,17 +9,18 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 
 from services.runtime.rpc import audit_service, reflection
 from services.runtime.rpc.access import Access
-from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog
+from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog, MeasuredConnections
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.connections import Connections
 from services.runtime.rpc.health import Health
+from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Context, Handler, Service, abort
 from services.runtime.rpc.tls import TlsFiles
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -34,7 +35,7 @@ _METADATA_READ = 4 * MAX_METADATA_BYTES
 _MAX_STREAMS = 1024
 _MAX_PENDING = 100_000
 _LOOK_SECONDS = 1.0
-# Bits of grpc_compression_algorithm. pygrpc-native has these two.
+# Bits of grpc_compression_algorithm: those that both engines have.
 _IDENTITY, _GZIP = 1 << 0, 1 << 2
 # Requests that callers sent before they received GOAWAY arrive within this time.
 _LEAVE_SECONDS = 0.3
@@ -43,10 +44,23 @@ _READ_SECONDS = 60.0
 
 
 class Engine(StrEnum):
-    """The HTTP/2 implementation: Rust outside the GIL (pygrpc-native), or grpcio's own C core."""
+    """The HTTP/2 implementation: our own on the event loop (native_server.py), or grpcio's C core."""
 
     NATIVE = "native"
     GRPCIO = "grpcio"
+
+
+class ServerConnections(MeasuredConnections, Protocol):
+    """The open connections of a server; see services.runtime.rpc.connections."""
+
+    async def stop_listening(self) -> None:
+        """Makes the kernel refuse new connections."""
+
+    async def release(self, now: float, older_than: float = 0.0) -> bool:
+        """Asks the clients of old connections to leave; False if some could not be asked."""
+
+    async def are_open(self) -> bool:
+        """Whether there is any."""
 
 
 class StartError(Exception):
@@ -106,6 +120,10 @@ def _read_in_time(handler: Handler) -> Handler:
     return made
 
 
+def _unchanged(handler: Handler) -> Handler:
+    return handler
+
+
 class _Registered:
     """Takes the place of a server, to get the handlers that a library would register."""
 
@@ -123,26 +141,6 @@ def _channelz() -> dict[str, dict[str, Handler]]:
     registered = _Registered()
     channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), registered)
     return registered.handlers
-
-
-def _create(
-    engine: Engine, options: list[tuple[str, Any]], services: Sequence[Service], max_unread_bytes: int, access: Access
-) -> tuple[grpc.aio.Server, Backlog, Callable[[Handler], Handler]]:
-    """Returns the server, its backlog of unread answers, and the wrapper for each handler."""
-    if engine is Engine.NATIVE:
-        try:
-            from services.runtime.rpc.fast_path import FastPathServer
-        except ImportError:
-            log.warning("pygrpc-native has no wheel here; serving with grpcio, which is slower")
-        else:
-            paths = {
-                f"/{service.name}/{method}": path for service in services for method, path in service.fast_paths.items()
-            }
-            guards = {path: access.guard(path[1:]) for path in paths}
-            native = FastPathServer(options, paths, max_unread_bytes, guards)
-            return native, native.backlog, lambda handler: handler
-    answers = _GrpcioAnswers(max_unread_bytes)
-    return grpc.aio.server(options=options), answers.backlog, answers.bounded
 
 
 class Server:
@@ -175,10 +173,31 @@ class Server:
         self._access = access or Access(address)
         self._services = [*services, audit_service.service(self._access.audit)]
         self._max_connection_age = max_connection_age
-        self._connections: Connections | None = None
         self._watching: list[asyncio.Task[None]] = []
         self.health = Health(service.name for service in self._services)
         self.calls = calls or Calls()
+        self._connections: ServerConnections | None = None
+        self._server: NativeServer | grpc.aio.Server
+        if engine is Engine.NATIVE:
+            paths = {
+                f"/{service.name}/{method}": path for service in services for method, path in service.fast_paths.items()
+            }
+            guards = {path: self._access.guard(path[1:]) for path in paths}
+            self._server = native = NativeServer(
+                paths, max_message_bytes, _METADATA_READ, max_unread_bytes, guards, share_port=share_port
+            )
+            self._connections, self._backlog, self._bounded = native, native.backlog, _unchanged
+        else:
+            answers = _GrpcioAnswers(max_unread_bytes)
+            options = self._grpcio_options(max_message_bytes, share_port=share_port)
+            self._server, self._backlog, self._bounded = (
+                grpc.aio.server(options=options),
+                answers.backlog,
+                answers.bounded,
+            )
+        self.calls.add(self._backlog.samples)
+
+    def _grpcio_options(self, max_message_bytes: int, *, share_port: bool) -> list[tuple[str, Any]]:
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
@@ -195,11 +214,10 @@ class Server:
             ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
             ("grpc.compression_enabled_algorithms_bitset", _IDENTITY | _GZIP),
         ]
-        if tls is not None:
+        if self._tls is not None:
             # Connections cannot write to TLS.
-            options.append(("grpc.max_connection_age_ms", int(max_connection_age * 1000)))
-        self._server, self._backlog, self._bounded = _create(engine, options, services, max_unread_bytes, self._access)
-        self.calls.add(self._backlog.samples)
+            options.append(("grpc.max_connection_age_ms", int(self._max_connection_age * 1000)))
+        return options
 
     async def start(self) -> int:
         """Binds, starts answering (NOT_SERVING), and returns the port.
@@ -217,7 +235,7 @@ class Server:
             guarded = {method: access.guarded(f"{name}/{method}", made) for method, made in handlers.items()}
             self._register(name, guarded)
         try:
-            if self._tls is None:
+            if self._tls is None or isinstance(server, NativeServer):
                 port = server.add_insecure_port(self._address)
             else:
                 port = server.add_secure_port(self._address, self._tls.credentials())
@@ -228,7 +246,8 @@ class Server:
         await server.start()
         if access.warning:
             log.warning("%s", access.warning)
-        self._connections = Connections(port)
+        if self._connections is None:
+            self._connections = Connections(port)
         self._backlog.watch(self._connections)
         self._watching = [BACKGROUND.start("slow readers", self._look_for_slow_readers)]
         if self._tls is None:
@@ -240,11 +259,6 @@ class Server:
     def _register(self, name: str, handlers: dict[str, Handler]) -> None:
         self._server.add_registered_method_handlers(name, handlers)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
-
-    def receiver_seconds(self) -> float:
-        """Returns the CPU time of the receiving thread, or 0 if the engine has none."""
-        seconds: float = getattr(self._server, "receiver_seconds", 0.0)
-        return seconds
 
     def set_serving(self, serving: bool) -> None:
         self.health.set_serving(serving)
@@ -259,22 +273,22 @@ class Server:
             await self._release_all(self._connections)
         await self._server.stop(grace)
 
-    async def _release_all(self, connections: Connections) -> None:
-        await asyncio.to_thread(connections.stop_listening)
+    async def _release_all(self, connections: ServerConnections) -> None:
+        await connections.stop_listening()
         end = time.monotonic() + _LEAVE_SECONDS
         # grpcio asks the clients of its TLS connections when it stops.
         all_asked = self._tls is not None
         # Of the connections on a Unix socket, which are those of an edge, nothing is known.
         is_unix = self._address.startswith("unix:")
-        while (now := time.monotonic()) < end and (is_unix or await asyncio.to_thread(connections.are_open)):
+        while (now := time.monotonic()) < end and (is_unix or await connections.are_open()):
             if not all_asked:
-                all_asked = await asyncio.to_thread(connections.release, now)
+                all_asked = await connections.release(now)
             await asyncio.sleep(_LEAVE_SECONDS / 10)
 
-    async def _end_old_connections(self, connections: Connections) -> None:
+    async def _end_old_connections(self, connections: ServerConnections) -> None:
         while True:
             await asyncio.sleep(self._max_connection_age / 30)
-            await asyncio.to_thread(connections.release, time.monotonic(), self._max_connection_age)
+            await connections.release(time.monotonic(), self._max_connection_age)
 
     async def _look_for_slow_readers(self) -> None:
         while True:

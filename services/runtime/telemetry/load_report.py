@@ -26,8 +26,8 @@ class Answers(NamedTuple):
 class LoadReport:
     """Measures the load of this process. `trailer` is the last report, serialized, so sending it costs nothing.
 
-    Python runs in one thread at a time: the event loop's, or the one that receives calls. The other threads run on
-    `cores`. The reported utilization is the higher of the two.
+    The event loop has one core, and the other threads run on `cores`. The reported utilization is the higher of the
+    two.
     `named` returns Ringmesh's own metrics by name.
     """
 
@@ -37,18 +37,16 @@ class LoadReport:
         self._answers = answers
         self._cores = cores
         self._named = named
-        self._receiver_seconds: Callable[[], float] = float
         self._last = (0.0, 0.0, 0.0, Answers(0, 0))
         self.trailer: tuple[str, bytes] = (_NAME, b"")
 
-    def start(self, receiver_seconds: Callable[[], float]) -> None:
-        """Starts measuring, on and as long as the event loop. `receiver_seconds`: CPU time of the receiving thread."""
-        self._receiver_seconds = receiver_seconds
+    def start(self) -> None:
+        """Starts measuring, on and as long as the event loop."""
         self._last = self._now()
         BACKGROUND.start("load report", self._measure_on)
 
     def _now(self) -> tuple[float, float, float, Answers]:
-        return time.monotonic(), time.process_time(), time.thread_time() + self._receiver_seconds(), self._answers()
+        return time.monotonic(), time.process_time(), time.thread_time(), self._answers()
 
     async def _measure_on(self) -> None:
         while True:

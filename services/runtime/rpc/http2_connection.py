@@ -1,0 +1,924 @@
+"""One connection of a gRPC server: HTTP/2 (RFC 9113) on the event loop.
+
+A chunk that the kernel hands over holds many requests of a busy connection. All of them are read, the calls that need
+no waiting are answered, and their answers leave in one write. docs/decisions/0032 has the measurement.
+"""
+
+from __future__ import annotations  # compiled by mypyc
+
+import asyncio
+import logging
+import struct
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final, Protocol, cast
+from urllib.parse import quote
+
+import grpc
+from mypy_extensions import i64
+
+from services.runtime import faults
+from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError, RingmeshError
+from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.rpc.header_blocks import HeaderDecoder, HeaderError
+from services.runtime.rpc.request_head import ANSWER, HEADERS, NOT_GRPC, RequestHead, failed
+from services.runtime.rpc.rpc import Metadata
+
+log = logging.getLogger(__name__)
+
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_PREFACE_SECONDS: Final = 20.0
+# Frame types and flags of RFC 9113, section 6.
+_DATA: Final = 0
+_HEADERS: Final = 1
+_RST_STREAM: Final = 3
+_SETTINGS: Final = 4
+_PUSH_PROMISE: Final = 5
+_PING: Final = 6
+_GOAWAY: Final = 7
+_WINDOW_UPDATE: Final = 8
+_CONTINUATION: Final = 9
+_END_STREAM: Final = 0x1
+_ACK: Final = 0x1
+_END_HEADERS: Final = 0x4
+_PADDED: Final = 0x8
+_PRIORITY: Final = 0x20
+# Settings, section 6.5.2.
+_MAX_CONCURRENT_STREAMS: Final = 3
+_INITIAL_WINDOW_SIZE: Final = 4
+_MAX_FRAME_SIZE: Final = 5
+# Error codes, section 7.
+NO_ERROR: Final = 0
+PROTOCOL_ERROR: Final = 1
+INTERNAL_ERROR: Final = 2
+FLOW_CONTROL_ERROR: Final = 3
+STREAM_CLOSED: Final = 5
+FRAME_SIZE_ERROR: Final = 6
+REFUSED_STREAM: Final = 7
+CANCEL: Final = 8
+COMPRESSION_ERROR: Final = 9
+ENHANCE_YOUR_CALM: Final = 11
+
+_DEFAULT_WINDOW: Final = 65_535
+_DEFAULT_FRAME: Final = 16_384
+_LARGEST_FRAME: Final = (1 << 24) - 1
+_MAX: Final = 2**31 - 1
+_HEAD_BYTES: Final = 9
+# Of a gRPC message: a flag and its length.
+_PREFIX_BYTES: Final = 5
+# What a client may send on a stream before it is given more. A message that is longer gets room for all of it.
+_STREAM_WINDOW: Final = 1 << 20
+# Bytes received on the connection before it is given as many more.
+_CONNECTION_STEP: Final = 1 << 29
+_FRAME_BYTES: Final = 65_536
+# The socket's queue above which no more data of streams is added.
+_WRITE_BYTES: Final = 1 << 20
+# The same for frames that answer frames: a client that sends these and reads nothing is cut.
+_MOST_WRITE_BYTES: Final = 16 << 20
+# Encoded bytes and frames of one header block, and the metadata beyond the limit that one connection may send, as a
+# multiple of that limit.
+_BLOCK_BYTES: Final = 2 << 20
+_BLOCK_FRAMES: Final = 256
+_EXCESS: Final = 256
+# Requests whose headers are remembered.
+_KEPT_HEADS: Final = 64
+# How long a connection that ends may take to send what it has left.
+_CLOSE_SECONDS: Final = 5.0
+
+# Of one stream, in one turn of the event loop; and what may wait of a streamed answer before more is made.
+_TURN_BYTES: Final = 256 << 10
+_UNSENT_BYTES: Final = 64 << 10
+
+_FRAME_HEAD: Final = struct.Struct(">BHBBI")
+_NUMBER: Final = struct.Struct(">I")
+_PREFIX: Final = struct.Struct(">BI")
+_FIRST: Final = struct.Struct(f">BHBBI{len(ANSWER)}sBHBBIBI")
+
+
+class ProtocolError(Exception):
+    """The client broke the protocol; the connection ends with an error code of HTTP/2."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Kind(Protocol):
+    """What a connection has to know of a method."""
+
+    @property
+    def takes_stream(self) -> bool:
+        """Whether requests are streamed."""
+
+
+class Server(Protocol):
+    """What a connection needs of its server. All calls are made on the event loop."""
+
+    max_message_bytes: int
+    max_metadata_bytes: int
+    max_streams: int
+
+    def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[Any]:
+        """Reads headers and finds the method."""
+
+    def begin(self, stream: Stream, message: bytes) -> None:
+        """A call has come: with its message, or with b"" if it is a stream of messages."""
+
+    def turn_over(self) -> None:
+        """All calls of a chunk have begun, and their answers are on their way."""
+
+    def opened(self, connection: Connection) -> None:
+        """A client has connected."""
+
+    def lost(self, connection: Connection) -> None:
+        """The connection is over; its streams were cancelled."""
+
+
+class Messages:
+    """The messages of a request stream, for one reader."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._messages: deque[bytes] = deque()
+        # Bytes of messages that nobody has read.
+        self.bytes = 0
+        self._is_ended = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add(self, message: bytes) -> None:
+        self.bytes += len(message) + _PREFIX_BYTES
+        self._messages.append(message)
+        self._wake()
+
+    def end(self) -> None:
+        self._is_ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> Messages:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._messages:
+            if self._is_ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        message = self._messages.popleft()
+        self.bytes -= len(message) + _PREFIX_BYTES
+        self._stream.connection.grant(self._stream)
+        return message
+
+
+class Stream:
+    """One call. `head` says what it asks for."""
+
+    def __init__(self, connection: Connection, number: int, head: RequestHead[Any], window: int) -> None:
+        self.connection = connection
+        self.number = number
+        self.head = head
+        # Called if the client leaves. None: the call has not begun.
+        self.cancel: Callable[[], object] | None = None
+        # Whether no more is sent or received on it.
+        self.is_closed = False
+        # Whether the client has sent all, and whether headers were sent to it.
+        self.is_received = False
+        self.is_open = False
+        # Bytes that the client may send, and those that it takes.
+        self.room: i64 = _STREAM_WINDOW
+        self.window: i64 = window
+        # Received parts of a message that is not complete; `length` is its length with the prefix, -1 before that.
+        self.parts: list[bytes] = []
+        self.size: i64 = 0
+        self.length: i64 = -1
+        self.is_compressed = False
+        self.has_message = False
+        self.messages: Messages | None = None
+        # What waits for room in the window or in the socket's queue, and the trailers that follow it.
+        self.unsent: deque[bytes | memoryview] = deque()
+        self.unsent_bytes: i64 = 0
+        self.trailers: bytes | None = None
+        # Set when `unsent_bytes` has become small, or the stream has closed.
+        self.drained: asyncio.Future[None] | None = None
+
+
+class Connection(asyncio.Protocol):
+    """The server's end of one connection."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self.peer = ""
+        # The start of a frame that is not complete. None: the client has not sent its preface yet.
+        self._rest: bytes = b""
+        self._has_begun = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._streams: dict[int, Stream] = {}
+        self._last_number: i64 = 0
+        self._decoder = HeaderDecoder(server.max_metadata_bytes)
+        # By header block; `_heads_of` is the state of the decoder's table that they belong to.
+        self._heads: dict[bytes, RequestHead[Any]] = {}
+        self._heads_of: int = 0
+        self._excess: i64 = 0
+        # A header block whose end has not come, and the flags and stream of its first frame.
+        self._block: list[bytes] = []
+        self._block_bytes: i64 = 0
+        self._block_flags: i64 = 0
+        self._block_number: i64 = 0
+        self._received: i64 = 0
+        # What the client takes: on the connection, on a new stream, in a frame.
+        self._window: i64 = _DEFAULT_WINDOW
+        self._stream_window: i64 = _DEFAULT_WINDOW
+        self._frame_size: i64 = _DEFAULT_FRAME
+        self._out: list[bytes] = []
+        # Whether `_out` is written at the end of the current chunk.
+        self._is_reading = False
+        self._is_paused = False
+        self._is_sending_soon = False
+        self._is_leaving = False
+        self._is_closing = False
+        # Bytes of streams that wait, and all bytes given to the socket.
+        self._unsent: i64 = 0
+        self._written: i64 = 0
+        self._blocked: dict[int, Stream] = {}
+
+    # The transport.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = made = cast("asyncio.Transport", transport)
+        made.set_write_buffer_limits(high=_WRITE_BYTES)
+        self.peer = _peer(made.get_extra_info("peername"))
+        settings = struct.pack(
+            ">HIHIHI",
+            _MAX_CONCURRENT_STREAMS, self._server.max_streams,
+            _INITIAL_WINDOW_SIZE, _STREAM_WINDOW,
+            _MAX_FRAME_SIZE, _FRAME_BYTES,
+        )  # fmt: skip
+        self._write(
+            _frame(_SETTINGS, 0, 0, settings) + _frame(_WINDOW_UPDATE, 0, 0, _NUMBER.pack(_MAX - _DEFAULT_WINDOW))
+        )
+        self._timer = asyncio.get_running_loop().call_later(_PREFACE_SECONDS, self.abort)
+        self._server.opened(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._drop_timer()
+        for stream in list(self._streams.values()):
+            self._close(stream, is_cancelled=True)
+        self._out.clear()
+        self._server.lost(self)
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        self._send_blocked()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the client has not taken."""
+        transport = self._transport
+        return self._unsent + (0 if transport is None else transport.get_write_buffer_size())
+
+    @property
+    def sent(self) -> int:
+        """Bytes that the kernel has taken since the start."""
+        transport = self._transport
+        return self._written - (0 if transport is None else transport.get_write_buffer_size())
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the client was asked to leave."""
+        return self._is_leaving
+
+    def go_away(self) -> None:
+        """Asks the client to make its next calls on another connection."""
+        self._is_leaving = True
+        self._write(_frame(_GOAWAY, 0, 0, struct.pack(">II", _MAX, NO_ERROR)))
+
+    def abort(self) -> None:
+        """Ends the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """Ends the connection when what was written has left, or after some seconds."""
+        self._is_closing = True
+        if self._transport is not None:
+            self._drop_timer()
+            self._timer = asyncio.get_running_loop().call_later(_CLOSE_SECONDS, self.abort)
+            self._transport.close()
+
+    def _drop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _write(self, data: bytes) -> None:
+        if self._is_reading:
+            self._out.append(data)
+        elif self._transport is not None and not self._transport.is_closing():
+            self._written += len(data)
+            self._transport.write(data)
+
+    def _flush(self) -> None:
+        self._is_reading = False
+        if self._out:
+            data = b"".join(self._out)
+            self._out.clear()
+            self._write(data)
+
+    # Frames.
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_closing:
+            return
+        self._is_reading = True
+        try:
+            self._take_chunk(data)
+        except ProtocolError as error:
+            self._fail(error.code, str(error))
+        except HeaderError as error:
+            self._fail(COMPRESSION_ERROR, str(error))
+        except Exception:
+            log.exception("a connection failed")
+            self._fail(INTERNAL_ERROR, "internal error")
+        finally:
+            self._flush()
+        self._server.turn_over()
+
+    def _fail(self, code: int, why: str) -> None:
+        """Ends the connection with an error."""
+        log.debug("%s broke the protocol: %s", self.peer, why)
+        payload = struct.pack(">II", self._last_number, code) + why.encode()[:100]
+        self._write(_frame(_GOAWAY, 0, 0, payload))
+        self._flush()
+        for stream in list(self._streams.values()):
+            self._close(stream, is_cancelled=True)
+        self.close()
+
+    def _take_chunk(self, data: bytes) -> None:
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        at: i64 = 0
+        size: i64 = len(data)
+        if not self._has_begun:
+            if not (data.startswith(PREFACE) or PREFACE.startswith(data)):
+                raise ProtocolError(PROTOCOL_ERROR, "this is a gRPC server: it speaks HTTP/2 without TLS")
+            if size < len(PREFACE):
+                self._rest = data
+                return
+            self._has_begun = True
+            self._drop_timer()
+            at = len(PREFACE)
+        while size - at >= _HEAD_BYTES:
+            length: i64 = (data[at] << 16) | (data[at + 1] << 8) | data[at + 2]
+            if length > _FRAME_BYTES:
+                raise ProtocolError(FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            end: i64 = at + _HEAD_BYTES + length
+            if end > size:
+                break
+            kind: i64 = data[at + 3]
+            flags: i64 = data[at + 4]
+            number: i64 = (data[at + 5] << 24 | data[at + 6] << 16 | data[at + 7] << 8 | data[at + 8]) & _MAX
+            if self._block_number and (kind != _CONTINUATION or number != self._block_number):
+                raise ProtocolError(PROTOCOL_ERROR, "another frame between those of a header block")
+            at += _HEAD_BYTES
+            if kind == _DATA:
+                self._take_data(data, at, end, flags, number)
+            elif kind == _HEADERS:
+                self._take_headers(data[at:end], flags, number)
+            else:
+                self._take_other(kind, data[at:end], flags, number)
+            at = end
+        if at < size:
+            self._rest = data[at:]
+
+    def _take_other(self, kind: i64, payload: bytes, flags: i64, number: i64) -> None:
+        if kind == _WINDOW_UPDATE:
+            self._take_room(payload, number)
+        elif kind == _RST_STREAM:
+            self._take_reset(payload, number)
+        elif kind == _CONTINUATION:
+            if not self._block_number:
+                raise ProtocolError(PROTOCOL_ERROR, "a continuation of nothing")
+            self._add_block(payload, flags)
+        elif kind == _SETTINGS:
+            self._take_settings(payload, flags, number)
+        elif kind == _PING:
+            if number or len(payload) != 8:
+                raise ProtocolError(FRAME_SIZE_ERROR if not number else PROTOCOL_ERROR, "a ping that is not valid")
+            if not flags & _ACK:
+                self._reply(_frame(_PING, _ACK, 0, payload))
+        elif kind == _PUSH_PROMISE:
+            raise ProtocolError(PROTOCOL_ERROR, "a client does not push")
+
+    def _reply(self, frame: bytes) -> None:
+        """Writes a frame that a frame of the client calls for."""
+        self._write(frame)
+        if self._transport is not None and self._transport.get_write_buffer_size() > _MOST_WRITE_BYTES:
+            raise ProtocolError(ENHANCE_YOUR_CALM, "nothing that was sent is read")
+
+    def _reset(self, number: i64, code: int) -> None:
+        self._reply(_frame(_RST_STREAM, 0, number, _NUMBER.pack(code)))
+
+    def _take_settings(self, payload: bytes, flags: i64, number: i64) -> None:
+        if number or (flags & _ACK and payload) or len(payload) % 6:
+            raise ProtocolError(PROTOCOL_ERROR if number else FRAME_SIZE_ERROR, "settings that are not valid")
+        if flags & _ACK:
+            return
+        for identifier, value in struct.iter_unpack(">HI", payload):
+            if identifier == _INITIAL_WINDOW_SIZE:
+                if value > _MAX:
+                    raise ProtocolError(FLOW_CONTROL_ERROR, f"a window of {value} bytes")
+                more: i64 = value - self._stream_window
+                self._stream_window = value
+                for stream in self._streams.values():
+                    stream.window += more
+                    if stream.window > _MAX:
+                        raise ProtocolError(FLOW_CONTROL_ERROR, "a window over 2 GiB")
+            elif identifier == _MAX_FRAME_SIZE:
+                if not _DEFAULT_FRAME <= value <= _LARGEST_FRAME:
+                    raise ProtocolError(PROTOCOL_ERROR, f"frames of {value} bytes")
+                self._frame_size = value
+        self._reply(_frame(_SETTINGS, _ACK, 0, b""))
+        self._send_blocked()
+
+    def _take_room(self, payload: bytes, number: i64) -> None:
+        if len(payload) != 4:
+            raise ProtocolError(FRAME_SIZE_ERROR, "a window update that is not valid")
+        size: i64 = _NUMBER.unpack(payload)[0] & _MAX
+        if number == 0:
+            self._window += size
+            if size == 0 or self._window > _MAX:
+                raise ProtocolError(FLOW_CONTROL_ERROR if size else PROTOCOL_ERROR, "a window update that is not valid")
+            if self._blocked:
+                self._send_blocked()
+            return
+        stream = self._find(number)
+        if stream is None:
+            return
+        stream.window += size
+        if size == 0 or stream.window > _MAX:
+            self._reset(number, FLOW_CONTROL_ERROR if size else PROTOCOL_ERROR)
+            self._close(stream, is_cancelled=True)
+        elif number in self._blocked:
+            self._send(stream)
+
+    def _take_reset(self, payload: bytes, number: i64) -> None:
+        if len(payload) != 4:
+            raise ProtocolError(FRAME_SIZE_ERROR, "a reset that is not valid")
+        stream = self._find(number)
+        if stream is not None:
+            self._close(stream, is_cancelled=True)
+
+    def _find(self, number: i64) -> Stream | None:
+        """Returns an open stream; None if it has ended."""
+        stream = self._streams.get(number)
+        if stream is None and (number > self._last_number or number & 1 == 0):
+            raise ProtocolError(PROTOCOL_ERROR, f"there was no stream {number}")
+        return stream
+
+    # Requests.
+
+    def _take_headers(self, payload: bytes, flags: i64, number: i64) -> None:
+        if number & 1 == 0:
+            raise ProtocolError(PROTOCOL_ERROR, f"a request on stream {number}")
+        if flags & _PADDED:
+            payload = _unpadded(payload)
+        if flags & _PRIORITY:
+            if len(payload) < 5:
+                raise ProtocolError(FRAME_SIZE_ERROR, "a frame without its priority")
+            payload = payload[5:]
+        if flags & _END_HEADERS:
+            self._take_block(payload, flags, number)
+        else:
+            self._block_number = number
+            self._block_flags = flags
+            self._add_block(payload, flags)
+
+    def _add_block(self, payload: bytes, flags: i64) -> None:
+        self._block.append(payload)
+        self._block_bytes += len(payload)
+        if self._block_bytes > _BLOCK_BYTES or len(self._block) > _BLOCK_FRAMES:
+            raise ProtocolError(ENHANCE_YOUR_CALM, "the headers of a request are too long")
+        if flags & _END_HEADERS:
+            block, number = b"".join(self._block), self._block_number
+            self._block.clear()
+            self._block_bytes = 0
+            self._block_number = 0
+            self._take_block(block, self._block_flags, number)
+
+    def _take_block(self, block: bytes, flags: i64, number: i64) -> None:
+        head = self._heads.get(block) if self._heads_of == self._decoder.changes else None
+        if head is None:
+            head = self._read_head(block)
+        stream = self._streams.get(number)
+        if stream is not None:  # trailers of a request
+            if stream.is_received or not flags & _END_STREAM:
+                self._reset(number, PROTOCOL_ERROR)
+                self._close(stream, is_cancelled=True)
+            else:
+                self._end_request(stream)
+            return
+        if number <= self._last_number:
+            raise ProtocolError(PROTOCOL_ERROR, f"stream {number} comes after stream {self._last_number}")
+        self._last_number = number
+        if head.is_malformed:
+            self._reset(number, PROTOCOL_ERROR)
+            return
+        if len(self._streams) >= self._server.max_streams:
+            self._reset(number, REFUSED_STREAM)
+            return
+        stream = Stream(self, number, head, self._stream_window)
+        self._streams[number] = stream
+        stream.is_received = flags & _END_STREAM != 0
+        if not head.is_grpc:
+            self._write(_frame(_HEADERS, _END_HEADERS | _END_STREAM, number, NOT_GRPC))
+            self._finish(stream)
+        elif head.code is not grpc.StatusCode.OK:
+            self.fail(stream, head.code, head.message)
+        elif head.method is None:
+            self.fail(stream, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {head.path}")
+        else:
+            if head.method.takes_stream:
+                stream.messages = Messages(stream)
+                self._server.begin(stream, b"")
+            if stream.is_received and not stream.is_closed:
+                self._end_request(stream)
+
+    def _read_head(self, block: bytes) -> RequestHead[Any]:
+        decoder = self._decoder
+        before = decoder.changes
+        fields = decoder.decode(block)
+        limit = self._server.max_metadata_bytes
+        head = self._server.head(fields, decoder.size)
+        if decoder.size > limit:
+            head.is_malformed = False
+            head.is_grpc = True
+            head.refuse(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"the request's metadata has {decoder.size} bytes; {limit} are read"
+            )
+            self._excess += decoder.size // limit
+            if self._excess > _EXCESS:
+                raise ProtocolError(ENHANCE_YOUR_CALM, "too much metadata")
+        elif decoder.changes == before:
+            if self._heads_of != before or len(self._heads) >= _KEPT_HEADS:
+                self._heads.clear()
+                self._heads_of = before
+            self._heads[block] = head
+        return head
+
+    def _take_data(self, data: bytes, at: i64, end: i64, flags: i64, number: i64) -> None:
+        size: i64 = end - at
+        self._received += size
+        if self._received > _CONNECTION_STEP:
+            self._write(_frame(_WINDOW_UPDATE, 0, 0, _NUMBER.pack(self._received)))
+            self._received = 0
+        stream = self._streams.get(number)
+        if stream is None:
+            self._find(number)
+            return
+        if stream.is_received:
+            self._reset(number, STREAM_CLOSED)
+            self._close(stream, is_cancelled=True)
+            return
+        stream.room -= size
+        if stream.room < 0:
+            self._reset(number, FLOW_CONTROL_ERROR)
+            self._close(stream, is_cancelled=True)
+            return
+        if flags & _PADDED:
+            if size == 0 or data[at] >= size:
+                raise ProtocolError(PROTOCOL_ERROR, "a frame with more padding than fits")
+            end -= data[at]
+            at += 1
+        is_last = flags & _END_STREAM != 0
+        if is_last and stream.size == 0 and not stream.has_message and stream.messages is None:
+            # As most requests come: in one frame.
+            if end - at >= _PREFIX_BYTES and data[at] == 0 and not stream.is_closed:
+                length: i64 = (data[at + 1] << 24) | (data[at + 2] << 16) | (data[at + 3] << 8) | data[at + 4]
+                if at + _PREFIX_BYTES + length == end and length <= self._server.max_message_bytes:
+                    stream.is_received = True
+                    self._server.begin(stream, data[at + _PREFIX_BYTES : end])
+                    return
+        self._add_data(stream, data, at, end)
+        if is_last and not stream.is_closed:
+            self._end_request(stream)
+        elif stream.room < _STREAM_WINDOW // 2 and not stream.is_closed:
+            self.grant(stream)
+
+    def _add_data(self, stream: Stream, data: bytes, at: i64, end: i64) -> None:
+        """Adds a part of the request's body, and handles the messages that are complete by it."""
+        while at < end and not stream.is_closed:
+            wanted: i64 = (_PREFIX_BYTES if stream.length < 0 else stream.length) - stream.size
+            part = data[at : min(end, at + wanted)]
+            at += len(part)
+            stream.parts.append(part)
+            stream.size += len(part)
+            if stream.length < 0 and stream.size == _PREFIX_BYTES:
+                self._take_prefix(stream)
+            if stream.size == stream.length:
+                self._complete(stream)
+
+    def _take_prefix(self, stream: Stream) -> None:
+        prefix = b"".join(stream.parts)
+        stream.parts = []
+        length: i64 = _NUMBER.unpack_from(prefix, 1)[0]
+        stream.length = length + _PREFIX_BYTES
+        stream.is_compressed = prefix[0] == 1
+        if prefix[0] > 1 or (stream.is_compressed and stream.head.encoding in ("", "identity")):
+            self._refuse(stream, grpc.StatusCode.INTERNAL, "a message is compressed, and no encoding is given")
+        elif length > self._server.max_message_bytes:
+            self._refuse_size(stream, length)
+        elif stream.has_message and stream.messages is None:
+            self._refuse(stream, grpc.StatusCode.INTERNAL, "a second message; the method takes one")
+        elif stream.length - stream.size > stream.room:
+            self.grant(stream)
+
+    def _refuse(self, stream: Stream, code: grpc.StatusCode, message: str) -> None:
+        """Ends a call because of what the client sends; it is cancelled if it has begun."""
+        cancel, stream.cancel = stream.cancel, None
+        self.fail(stream, code, message)
+        if cancel is not None:
+            cancel()
+
+    def _refuse_size(self, stream: Stream, length: i64) -> None:
+        most = self._server.max_message_bytes
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        self._refuse(stream, code, f"Received message larger than max ({length} vs. {most})")
+
+    def _complete(self, stream: Stream) -> None:
+        stream.has_message = True
+        if stream.messages is None:
+            return  # until the client has sent all
+        try:
+            stream.messages.add(self._message(stream))
+        except RingmeshError as error:
+            self._refuse(stream, error.code, error.message)
+        stream.parts = []
+        stream.size = 0
+        stream.length = -1
+
+    def _end_request(self, stream: Stream) -> None:
+        stream.is_received = True
+        if stream.messages is not None:
+            if stream.size:
+                self._refuse(stream, grpc.StatusCode.INTERNAL, "the stream ends within a message")
+            else:
+                stream.messages.end()
+        elif stream.size != stream.length:
+            self.fail(stream, grpc.StatusCode.INTERNAL, "the request ends before its message is complete")
+        elif stream.is_compressed or stream.size > LARGE_BYTES:
+            joining = asyncio.get_running_loop().run_in_executor(None, self._message, stream)
+            joining.add_done_callback(partial(self._begin_late, stream))
+        else:
+            self._server.begin(stream, b"".join(stream.parts))
+
+    def _begin_late(self, stream: Stream, joining: asyncio.Future[bytes]) -> None:
+        if stream.is_closed:
+            return
+        stream.parts = []
+        try:
+            message = joining.result()
+        except Exception as error:
+            refused = faults.reported(log, "a message could not be read", error)
+            self.fail(stream, refused.code, refused.message)
+            return
+        self._server.begin(stream, message)
+        self._server.turn_over()
+
+    def _message(self, stream: Stream) -> bytes:
+        """Returns a message that is complete. Raises RingmeshError."""
+        data = b"".join(stream.parts)
+        return inflated(data, self._server.max_message_bytes) if stream.is_compressed else data
+
+    def grant(self, stream: Stream) -> None:
+        """Gives the client room for what the reader of a stream has taken, and for the message that it has begun."""
+        if stream.is_closed or stream.is_received:
+            return
+        held: i64 = 0 if stream.messages is None else stream.messages.bytes
+        left: i64 = stream.length - stream.size if stream.length >= 0 else 0
+        more: i64 = max(_STREAM_WINDOW - held, left) - stream.room
+        if more >= _STREAM_WINDOW // 2 or (more > 0 and stream.room < left):
+            stream.room += more
+            self._write(_frame(_WINDOW_UPDATE, 0, stream.number, _NUMBER.pack(more)))
+
+    # Answers.
+
+    def respond(self, stream: Stream, body: Sequence[bytes], headers: bytes, trailers: bytes) -> None:
+        """Answers a call with one message, in pieces; `headers` and `trailers` are encoded."""
+        if stream.is_closed:
+            return
+        number = stream.number
+        size: i64 = 0
+        for piece in body:
+            size += len(piece)
+        framed: i64 = size + _PREFIX_BYTES
+        if (
+            framed <= self._frame_size
+            and framed <= self._window
+            and framed <= stream.window
+            and headers is ANSWER
+            and not (stream.is_open or self._is_paused or self._blocked)
+        ):
+            self._window -= framed
+            first = _FIRST.pack(
+                0, len(ANSWER), _HEADERS, _END_HEADERS, number, ANSWER,
+                framed >> 16, framed & 0xFFFF, _DATA, 0, number, 0, size,
+            )  # fmt: skip
+            last = _FRAME_HEAD.pack(0, len(trailers), _HEADERS, _END_HEADERS | _END_STREAM, number)
+            if self._is_reading:
+                self._out.append(first)
+                self._out.extend(body)
+                self._out.append(last)
+                self._out.append(trailers)
+            else:
+                self._write(b"".join((first, *body, last, trailers)))
+            self._finish(stream)
+            return
+        self.open(stream, headers)
+        self._queue(stream, body, size)
+        stream.trailers = trailers
+        self._send(stream)
+
+    def fail(self, stream: Stream, code: grpc.StatusCode, message: str, trailing: Metadata = ()) -> None:
+        """Ends a call with a status, after what was sent of its answer. Raises ValueError: see `failed`."""
+        if stream.is_closed:
+            return
+        trailers = failed(code, message, trailing)
+        if stream.is_open:
+            self.end(stream, trailers)
+        else:
+            self._write(_frame(_HEADERS, _END_HEADERS | _END_STREAM, stream.number, HEADERS + trailers))
+            self._finish(stream)
+
+    def open(self, stream: Stream, headers: bytes) -> None:
+        """Sends the headers of an answer, unless they were sent."""
+        if not (stream.is_open or stream.is_closed):
+            stream.is_open = True
+            self._write(_frame(_HEADERS, _END_HEADERS, stream.number, headers))
+
+    def send(self, stream: Stream, message: bytes) -> None:
+        """Sends a message of a streamed answer; `stream.unsent_bytes` says how much still waits."""
+        if not stream.is_closed:
+            self.open(stream, ANSWER)
+            self._queue(stream, (message,), len(message))
+            self._send(stream)
+
+    def end(self, stream: Stream, trailers: bytes) -> None:
+        """Ends a streamed answer."""
+        if stream.is_closed:
+            return
+        self.open(stream, ANSWER)
+        stream.trailers = trailers
+        self._send(stream)
+
+    def reset(self, stream: Stream, code: int) -> None:
+        """Ends a call in the middle of its answer."""
+        if not stream.is_closed:
+            self._write(_frame(_RST_STREAM, 0, stream.number, _NUMBER.pack(code)))
+            self._close(stream, is_cancelled=False)
+
+    def _queue(self, stream: Stream, body: Sequence[bytes], size: i64) -> None:
+        stream.unsent.append(_PREFIX.pack(0, size))
+        stream.unsent.extend(body)
+        stream.unsent_bytes += size + _PREFIX_BYTES
+        self._unsent += size + _PREFIX_BYTES
+        self._blocked[stream.number] = stream
+
+    def _send(self, stream: Stream) -> None:
+        """Sends what the windows and the socket's queue allow."""
+        transport = self._transport
+        if transport is None or stream.is_closed:
+            return
+        if self._is_reading or self._is_paused:
+            self._send_soon()
+            return
+        out: list[bytes | memoryview] = []
+        room: i64 = min(_TURN_BYTES, _WRITE_BYTES - transport.get_write_buffer_size())
+        sent: i64 = 0
+        while stream.unsent:
+            piece = stream.unsent[0]
+            size: i64 = min(len(piece), self._window, stream.window, self._frame_size)
+            if size <= 0 and len(piece) > 0:
+                break
+            if sent >= room:
+                self._send_soon()
+                break
+            if size == len(piece):
+                stream.unsent.popleft()
+                part: bytes | memoryview = piece
+            else:
+                view = memoryview(piece)
+                part = view[:size]
+                stream.unsent[0] = view[size:]
+            self._window -= size
+            stream.window -= size
+            sent += size
+            if size > 0:
+                out.append(_FRAME_HEAD.pack(size >> 16, size & 0xFFFF, _DATA, 0, stream.number))
+                out.append(part)
+        stream.unsent_bytes -= sent
+        self._unsent -= sent
+        is_done = not stream.unsent and stream.trailers is not None
+        if is_done and stream.trailers is not None:
+            out.append(_FRAME_HEAD.pack(0, len(stream.trailers), _HEADERS, _END_HEADERS | _END_STREAM, stream.number))
+            out.append(stream.trailers)
+        if out:
+            self._write(b"".join(out))
+        self._blocked.pop(stream.number, None)
+        if is_done:
+            self._finish(stream)
+        elif stream.unsent:
+            # Behind the others.
+            self._blocked[stream.number] = stream
+        if stream.unsent_bytes <= _UNSENT_BYTES:
+            _wake(stream)
+
+    def _send_soon(self) -> None:
+        if not (self._is_sending_soon or self._is_paused):
+            self._is_sending_soon = True
+            asyncio.get_running_loop().call_soon(self._send_blocked)
+
+    def _send_blocked(self) -> None:
+        self._is_sending_soon = False
+        for stream in list(self._blocked.values()):
+            if self._window <= 0 or self._is_paused:
+                return
+            self._send(stream)
+
+    def _finish(self, stream: Stream) -> None:
+        """The answer is written. A client that has not sent all of its request may stop."""
+        if not stream.is_received:
+            self._write(_frame(_RST_STREAM, 0, stream.number, _NUMBER.pack(NO_ERROR)))
+        self._close(stream, is_cancelled=False)
+
+    def _close(self, stream: Stream, *, is_cancelled: bool) -> None:
+        if stream.is_closed:
+            return
+        stream.is_closed = True
+        self._streams.pop(stream.number, None)
+        self._blocked.pop(stream.number, None)
+        self._unsent -= stream.unsent_bytes
+        stream.unsent_bytes = 0
+        stream.unsent.clear()
+        stream.parts = []
+        _wake(stream)
+        cancel, stream.cancel = stream.cancel, None
+        if is_cancelled:
+            if cancel is not None:
+                cancel()
+        elif stream.messages is not None:
+            stream.messages.end()
+
+
+def _wake(stream: Stream) -> None:
+    if stream.drained is not None and not stream.drained.done():
+        stream.drained.set_result(None)
+
+
+def _frame(kind: int, flags: int, number: i64, payload: bytes) -> bytes:
+    size = len(payload)
+    return _FRAME_HEAD.pack(size >> 16, size & 0xFFFF, kind, flags, number) + payload
+
+
+def _unpadded(payload: bytes) -> bytes:
+    """What a frame has between the length of its padding and the padding."""
+    end = len(payload) - payload[0] if payload else 0
+    if end < 1:
+        raise ProtocolError(PROTOCOL_ERROR, "a frame with more padding than fits")
+    return payload[1:end]
+
+
+def _peer(address: Any) -> str:
+    """The client as gRPC names it."""
+    if not isinstance(address, tuple):
+        return "unix:"
+    host, port = address[:2]
+    return f"ipv6:%5B{quote(host, safe=':')}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+
+def inflated(data: bytes, limit: int) -> bytes:
+    """Decompresses gzip. Raises ResourceExhaustedError beyond `limit` bytes, and InvalidArgumentError."""
+    inflating = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        message = inflating.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise InvalidArgumentError(f"a message is not gzip, as its encoding says: {error}") from None
+    if len(message) > limit:
+        too_large = ResourceExhaustedError(
+            f"Received message larger than max ({len(message)} vs. {limit}) when decompressed", kind="too_large"
+        )
+        too_large.retry_after = None
+        raise too_large
+    if not inflating.eof:
+        raise InvalidArgumentError("a message is gzip that is cut off")
+    return message

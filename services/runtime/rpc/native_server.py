@@ -1,0 +1,456 @@
+"""The native engine: a gRPC server on the event loop, with fast paths that need no asyncio task.
+
+The coroutine of a fast path begins as its request is read. If it ends without waiting it is answered with the others of
+the same chunk; the rest continue when those answers have been written. All other methods run in a task each.
+"""
+
+from __future__ import annotations  # compiled by mypyc
+
+import asyncio
+import logging
+import os
+import random
+import socket
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from contextlib import aclosing, suppress
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+import grpc
+
+from services.runtime import faults
+from services.runtime.driver import Driver
+from services.runtime.errors import RingmeshError
+from services.runtime.rpc.access import Guard
+from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Address, Backlog, parse_peer
+from services.runtime.rpc.call_context import CallContext, deserialized
+from services.runtime.rpc.http2_connection import CANCEL, Connection, Stream
+from services.runtime.rpc.request_head import ANSWER, RequestHead, failed, headers, read_head, trailers
+from services.runtime.rpc.rpc import (
+    MAX_METADATA_BYTES,
+    Answer,
+    Failure,
+    FastPath,
+    Handler,
+    Metadata,
+    check_metadata,
+    failure,
+    status_details,
+)
+
+log = logging.getLogger(__name__)
+
+_NO_GUARDS: Final[Mapping[str, Guard | None]] = {}
+# Calls at once on one connection; clients queue further ones.
+_MAX_STREAMS: Final = 1024
+_BATCH: Final = 64
+_AGE_SPREAD: Final = 0.1
+# Delay of `afterwards` callbacks, to batch them.
+_AFTERWARDS_SECONDS: Final = 0.02
+# How long a server that stops waits for clients to take its last answers.
+_FLUSH_SECONDS: Final = 1.0
+# A client that is silent for the first time is probed so often; it is gone if it does not answer the probes.
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+# A call that waits: its coroutine, and its deadline in time.monotonic.
+_Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], Stream, float | None]"
+
+
+class _Method:
+    """What is at a path. `answer` takes a request and a context, and returns a response or responses."""
+
+    def __init__(self, handler: Handler, path: FastPath | None, guard: Guard | None) -> None:
+        parts: Any = handler
+        self.path = path
+        self.guard = guard
+        self.takes_stream: bool = parts.request_streaming
+        self.is_streamed: bool = parts.response_streaming
+        kinds = (parts.unary_unary, parts.unary_stream, parts.stream_stream)
+        self.answer: Any = next(answer for answer in kinds if answer is not None)
+        self.deserialize: Any = parts.request_deserializer
+        self.serialize: Any = parts.response_serializer
+
+
+class NativeServer:
+    """Like grpc.aio.Server, for one address without TLS. `connections` are the open ones."""
+
+    def __init__(
+        self,
+        paths: Mapping[str, FastPath],
+        max_message_bytes: int,
+        max_metadata_bytes: int = 4 * MAX_METADATA_BYTES,
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
+        guards: Mapping[str, Guard | None] = _NO_GUARDS,
+        *,
+        share_port: bool = False,
+    ) -> None:
+        """`guards`: checks of the callers of fast paths; they raise RingmeshError."""
+        self.max_message_bytes = max_message_bytes
+        self.max_metadata_bytes = max_metadata_bytes
+        self.max_streams = _MAX_STREAMS
+        self.backlog = Backlog(max_unread_bytes, self._ended_bytes)
+        self._share_port = share_port
+        self._paths = paths
+        self._guards = guards
+        self._methods: dict[str, _Method] = {}
+        self._sockets: list[socket.socket] = []
+        self._servers: list[asyncio.Server] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connections: set[Connection] = set()
+        # By connection: when it began, and the share of a greatest age by which its own is longer.
+        self._began: dict[Connection, tuple[float, float]] = {}
+        self._draining = False
+        self._suspended: list[_Suspended] = []
+        # Pending `afterwards` callbacks, and whether the event loop is scheduled to run them.
+        self._afterwards: deque[Callable[[], None]] = deque()
+        self._is_scheduled = False
+        # The calls that have begun, except those that are answered at once; `_idle` is set when there are none.
+        self._under_way: set[Stream] = set()
+        self._idle = asyncio.Event()
+        # Bytes of answers since the start.
+        self._handed = 0
+
+    # As grpc.aio.Server.
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Handler]) -> None:
+        for name, handler in method_handlers.items():
+            path = f"/{service_name}/{name}"
+            self._methods[path] = _Method(handler, self._paths.get(path), self._guards.get(path))
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: object) -> None:
+        """Does nothing: grpcio takes the same handlers once more."""
+
+    def add_insecure_port(self, address: str) -> int:
+        """Binds host:port or unix:path, and returns the port. Raises RuntimeError if that is not possible."""
+        try:
+            if address.startswith("unix:"):
+                self._sockets = [_bind_unix(address.removeprefix("unix:").removeprefix("//"))]
+                return 1
+            self._sockets = _bind(address, share_port=self._share_port)
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"cannot bind {address}: {error}") from error
+        port: int = self._sockets[0].getsockname()[1]
+        return port
+
+    async def start(self) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        for listening in self._sockets:
+            server = await loop.create_server(partial(Connection, self), sock=listening, backlog=socket.SOMAXCONN)
+            self._servers.append(server)
+
+    async def stop(self, grace: float | None) -> None:
+        """Refuses new calls, waits for those in flight, and closes after their answers are sent."""
+        self._draining = True
+        await self.stop_listening()
+        waiting = asyncio.create_task(self._be_idle())
+        await asyncio.wait([waiting], timeout=grace or 0)
+        waiting.cancel()
+        for stream in list(self._under_way):
+            cancel, stream.cancel = stream.cancel, None
+            stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+            if cancel is not None:
+                cancel()
+        end = time.monotonic() + _FLUSH_SECONDS
+        while any(connection.unsent for connection in self._connections) and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        for connection in list(self._connections):
+            connection.close()
+        while self._connections and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        for connection in list(self._connections):
+            connection.abort()
+
+    async def _be_idle(self) -> None:
+        while self._under_way:
+            self._idle.clear()
+            await self._idle.wait()
+
+    # The connections, as services.runtime.rpc.connections has those of grpcio.
+
+    async def stop_listening(self) -> None:
+        """Makes the kernel refuse new connections."""
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+        for listening in self._sockets:
+            if listening.family == socket.AF_UNIX:
+                with suppress(OSError):
+                    os.unlink(listening.getsockname())  # noqa: PTH108 - a name of the socket, not a path of ours
+            listening.close()
+        self._sockets.clear()
+
+    async def release(self, now: float, older_than: float = 0.0) -> bool:
+        """Asks clients of connections that are `older_than` seconds old to leave; always True."""
+        for connection in list(self._connections):
+            began, more = self._began[connection]
+            if began + more * older_than <= now - older_than and not connection.is_asked:
+                connection.go_away()
+        return True
+
+    async def are_open(self) -> bool:
+        return bool(self._connections)
+
+    def acknowledged(self) -> Iterator[tuple[Address, int]]:
+        """Yields the remote address of each TCP connection, and the bytes that the kernel has taken for it."""
+        for connection in list(self._connections):
+            address = parse_peer(connection.peer)
+            if address[1]:
+                yield address, connection.sent
+
+    def cut(self, addresses: Collection[Address]) -> int:
+        """Ends the connections from `addresses` and returns their number; any thread may call it."""
+        assert self._loop is not None
+        found = [one for one in list(self._connections) if parse_peer(one.peer) in addresses]
+        for connection in found:
+            self._loop.call_soon_threadsafe(connection.abort)
+        return len(found)
+
+    def _ended_bytes(self) -> tuple[int, bool]:
+        return self._handed - sum([connection.unsent for connection in list(self._connections)]), False
+
+    # As http2_connection.Server.
+
+    def opened(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        # Randomized, so that connections that began together do not end together.
+        self._began[connection] = time.monotonic(), random.uniform(0, _AGE_SPREAD)
+
+    def lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._began.pop(connection, None)
+
+    def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[_Method]:
+        head: RequestHead[_Method] = read_head(fields, size)
+        head.method = self._methods.get(head.path)
+        return head
+
+    def begin(self, stream: Stream, message: bytes) -> None:
+        head: RequestHead[_Method] = stream.head
+        method = head.method
+        assert method is not None
+        if self._draining:
+            stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
+            return
+        deadline = None if head.timeout is None else time.monotonic() + head.timeout
+        if method.path is None:
+            self._start_task(stream, method, message, deadline)
+            return
+        answer: Answer | Failure
+        try:
+            # The size of all headers is above that of the metadata.
+            if head.size > MAX_METADATA_BYTES:
+                check_metadata(head.metadata)
+            if method.guard is not None:
+                method.guard(head.metadata, stream.connection.peer, message)
+            coroutine = method.path(message, head.metadata, deadline)
+            coroutine.send(None)
+        except StopIteration as end:
+            answer = end.value
+        except Exception as error:
+            answer = failure(faults.reported(log, "a fast path failed", error))
+        else:
+            self._suspended.append((coroutine, stream, deadline))
+            return
+        self._answer(stream, answer)
+        if answer.afterwards is not None:
+            self._afterwards.append(answer.afterwards)
+
+    def turn_over(self) -> None:
+        if self._suspended:
+            suspended, self._suspended = self._suspended, []
+            for coroutine, stream, deadline in suspended:
+                if stream.is_closed or self._draining:
+                    coroutine.close()
+                    stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
+                    continue
+                driver = Driver(coroutine, partial(self._end, stream))
+                stream.cancel = driver.cancel
+                self._under_way.add(stream)
+                driver.start(deadline)
+        if self._afterwards and not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_later(_AFTERWARDS_SECONDS, self._do_afterwards)
+
+    def _end(self, stream: Stream, outcome: Answer | Failure | BaseException) -> None:
+        self._ended(stream)
+        if isinstance(outcome, asyncio.CancelledError):
+            # `stop` cancelled it, or the client has left.
+            outcome = Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ())
+        elif isinstance(outcome, Exception):
+            outcome = failure(faults.reported(log, "a fast path failed", outcome))
+        assert isinstance(outcome, Answer | Failure)
+        self._answer(stream, outcome)
+        _do_afterwards(outcome.afterwards)
+
+    def _ended(self, stream: Stream) -> None:
+        stream.cancel = None
+        self._under_way.discard(stream)
+        if self._draining and not self._under_way:
+            self._idle.set()
+
+    def _do_afterwards(self) -> None:
+        """Runs callbacks in batches, so that they do not block the event loop for long."""
+        for _ in range(_BATCH):
+            if not self._afterwards:
+                self._is_scheduled = False
+                return
+            _do_afterwards(self._afterwards.popleft())
+        asyncio.get_running_loop().call_soon(self._do_afterwards)
+
+    def _answer(self, stream: Stream, answer: Answer | Failure) -> None:
+        if stream.is_closed:
+            return
+        if isinstance(answer, Answer):
+            self._respond(stream, (answer.body, *answer.pieces), answer.trailing)
+        else:
+            self._refuse(stream, answer.code, answer.message, answer.trailing)
+
+    def _respond(
+        self, stream: Stream, body: tuple[bytes, ...], trailing: Metadata, initial: Metadata | None = None
+    ) -> None:
+        connection, backlog = stream.connection, self.backlog
+        size = sum([len(piece) for piece in body])
+        if not backlog.admit(connection.peer, size):
+            refused = backlog.refusal()
+            self._refuse(stream, refused.code, refused.message, status_details(refused))
+            return
+        self._handed += size
+        try:
+            connection.respond(stream, body, headers(initial) if initial else ANSWER, trailers(trailing))
+        except Exception as error:
+            self._refuse_as_fault(stream, error)
+
+    def _refuse(self, stream: Stream, code: grpc.StatusCode, message: str, trailing: Metadata) -> None:
+        try:
+            stream.connection.fail(stream, code, message, trailing)
+        except Exception as error:
+            self._refuse_as_fault(stream, error)
+
+    def _refuse_as_fault(self, stream: Stream, error: Exception) -> None:
+        """Ends a call whose answer cannot be sent, such as one with metadata that gRPC does not allow."""
+        fault = faults.internal(log, "an answer could not be sent", error)
+        stream.connection.fail(stream, fault.code, fault.message)
+
+    # Calls that run in a task.
+
+    def _start_task(self, stream: Stream, method: _Method, message: bytes, deadline: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        context = CallContext(stream, deadline)
+        task = loop.create_task(self._run(stream, method, message, context))
+        stream.cancel = task.cancel
+        self._under_way.add(stream)
+        timer = None
+        if deadline is not None:
+            timer = loop.call_later(max(0.0, deadline - time.monotonic()), self._expire, stream, task)
+        task.add_done_callback(partial(self._task_done, stream, context, timer))
+
+    def _expire(self, stream: Stream, task: asyncio.Task[None]) -> None:
+        stream.connection.fail(stream, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer")
+        task.cancel()
+
+    def _task_done(
+        self, stream: Stream, context: CallContext, timer: asyncio.TimerHandle | None, task: asyncio.Task[None]
+    ) -> None:
+        if timer is not None:
+            timer.cancel()
+        self._ended(stream)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._refuse_as_fault(stream, error if isinstance(error, Exception) else RuntimeError(str(error)))
+        context.finish()
+
+    async def _run(self, stream: Stream, method: _Method, message: bytes, context: CallContext) -> None:
+        try:
+            request: Any = stream.messages
+            if request is None:
+                request = message if method.deserialize is None else method.deserialize(message)
+            elif method.deserialize is not None:
+                request = deserialized(request, method.deserialize)
+            if method.is_streamed:
+                await self._run_stream(stream, method, request, context)
+                return
+            response = await method.answer(request, context)
+            body: bytes = response if method.serialize is None else method.serialize(response)
+            if context.code() in (None, grpc.StatusCode.OK):
+                self._respond(stream, (body,), context.trailing_metadata(), context.initial)
+                return
+        except asyncio.CancelledError:
+            # The client has left, or it did not read; if it is there, it has to know.
+            if stream.is_open:
+                stream.connection.reset(stream, CANCEL)
+            else:
+                stream.connection.fail(stream, grpc.StatusCode.CANCELLED, "the call was cancelled")
+            raise
+        except grpc.aio.AbortError:
+            pass
+        except RingmeshError as error:
+            self._refuse(stream, error.code, error.message, status_details(error))
+            return
+        except Exception as error:
+            self._refuse_as_fault(stream, error)
+            return
+        self._refuse(stream, context.code() or grpc.StatusCode.UNKNOWN, context.details(), context.trailing_metadata())
+
+    async def _run_stream(self, stream: Stream, method: _Method, request: Any, context: CallContext) -> None:
+        async with aclosing(method.answer(request, context)) as responses:
+            async for response in responses:
+                if stream.is_closed:
+                    return
+                await context.write(response if method.serialize is None else method.serialize(response))
+        code = context.code()
+        if code is None or code is grpc.StatusCode.OK:
+            stream.connection.end(stream, trailers(context.trailing_metadata()))
+        else:
+            stream.connection.end(stream, failed(code, context.details(), context.trailing_metadata()))
+
+
+def _do_afterwards(callback: Callable[[], None] | None) -> None:
+    if callback is not None:
+        try:
+            callback()
+        except Exception as error:
+            faults.internal(log, "the work after an answer failed", error)
+
+
+def _bind_unix(path: str) -> socket.socket:
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116 - of a process that is gone
+            os.unlink(path)  # noqa: PTH108
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        bound.bind(path)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def _bind(address: str, *, share_port: bool) -> list[socket.socket]:
+    """Binds all addresses of a host, to the same port. Raises OSError and ValueError."""
+    host, _, port_text = address.rpartition(":")
+    host = host.strip("[]")
+    port = int(port_text)
+    bound: list[socket.socket] = []
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        for family, _, _, _, place in dict.fromkeys(found):
+            one = socket.socket(family, socket.SOCK_STREAM)
+            bound.append(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if share_port:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                one.setsockopt(socket.IPPROTO_TCP, option, value)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+            one.bind((place[0], port, *place[2:]))
+            port = one.getsockname()[1]
+            # Taken by another process only now: without SO_REUSEPORT two may bind, and one listen.
+            one.listen(socket.SOMAXCONN)
+    except OSError:
+        for one in bound:
+            one.close()
+        raise
+    return bound
