@@ -30,9 +30,9 @@ _ACCEPTED: Final = encode_field(b"grpc-accept-encoding", b"identity,gzip")
 ANSWER: Final = HEADERS + _ACCEPTED
 NOT_GRPC: Final = encode_field(b":status", b"415")
 _OK: Final = encode_field(b"grpc-status", b"0")
-# Encoded names of metadata that were checked.
-_NAMES: Final[dict[str, bytes]] = {}
-_MOST_NAMES: Final = 1000
+# Encoded entries of metadata: most are sent again, such as the name of a worker.
+_ENTRIES: Final[dict[tuple[str, str | bytes], bytes]] = {}
+_MOST_ENTRIES: Final = 1000
 
 
 class RequestHead(Generic[Method]):
@@ -135,31 +135,23 @@ def failed(code: grpc.StatusCode, message: str, trailing: Metadata) -> bytes:
 
 def _encoded(metadata: Metadata) -> bytes:
     parts: list[bytes] = []
-    for name, value in metadata:
-        encoded_name = _NAMES.get(name)
-        if encoded_name is None:
-            encoded_name = _checked(name)
-        text = value if isinstance(value, bytes) else value.encode()
-        if name.endswith("-bin"):
-            text = b64encode(text).rstrip(b"=")
-        elif not (text.isascii() and text.decode().isprintable()):
-            raise ValueError(f"the value {value!r} of the metadata {name} is not visible ASCII")
-        size = len(text)
-        if size < 127:
-            parts += (encoded_name, _SIZES[size], text)
-        else:
-            parts.append(encode_field(name.encode(), text))
+    for entry in metadata:
+        encoded = _ENTRIES.get(entry)
+        if encoded is None:
+            encoded = _encode(entry[0], entry[1])
+            if len(_ENTRIES) >= _MOST_ENTRIES:
+                _ENTRIES.clear()
+            _ENTRIES[entry] = encoded
+        parts.append(encoded)
     return b"".join(parts)
 
 
-def _checked(name: str) -> bytes:
-    """Returns the encoded name, up to its value."""
+def _encode(name: str, value: str | bytes) -> bytes:
     if _NAME.fullmatch(name) is None:
         raise ValueError(f"{name!r} is no name of metadata")
-    encoded = encode_field(name.encode(), b"")[:-1]
-    if len(_NAMES) < _MOST_NAMES:
-        _NAMES[name] = encoded
-    return encoded
-
-
-_SIZES: Final = [bytes((size,)) for size in range(127)]
+    text = value if isinstance(value, bytes) else value.encode()
+    if name.endswith("-bin"):
+        text = b64encode(text).rstrip(b"=")
+    elif not (text.isascii() and text.decode().isprintable()):
+        raise ValueError(f"the value {value!r} of the metadata {name} is not visible ASCII")
+    return encode_field(name.encode(), text)
