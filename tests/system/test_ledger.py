@@ -826,3 +826,26 @@ async def test_a_transaction_on_a_server_that_answers_no_more_ends(ledger, monke
     finally:
         os.kill(stopped[0], signal.SIGCONT)
         await sessions.close()
+
+
+async def test_a_start_on_a_server_that_answers_no_more_ends(ledger, monkeypatch):
+    monkeypatch.setattr(database, "LONGEST_SECONDS", 0.3)
+    stopped = []
+
+    async def hangs(connection):
+        stopped.append(await connection.fetchval("SELECT pg_backend_pid()"))
+        os.kill(stopped[0], signal.SIGSTOP)
+        await connection.fetchval("SELECT 1")
+
+    monkeypatch.setattr(database, "_is_ours", hangs)
+    folder = ledger.postgres().cwd()
+    sessions = database.Database(f"postgresql://ringmesh@/postgres?host={quote(folder, safe='')}", None)
+    try:
+        with pytest.raises(UnavailableError):
+            await asyncio.wait_for(sessions.open(), 20)
+        monkeypatch.undo()
+        await sessions.open()
+        assert sessions.is_open
+    finally:
+        os.kill(stopped[0], signal.SIGCONT)
+        await sessions.close()

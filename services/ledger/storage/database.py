@@ -38,6 +38,7 @@ REPORT_SECONDS = 30.0
 LONGEST_SECONDS = 60.0
 _LONGEST_READING_SECONDS = 10 * REPORT_SECONDS
 _LONGEST_EXPORT_SECONDS = 6 * 3600.0
+_LONGEST_MIGRATION_SECONDS = 3600.0
 # One number for all ledgers of a database: whoever holds it writes.
 WRITER_LOCK = 0x52696E67
 # And whoever holds this one leases budgets.
@@ -74,7 +75,8 @@ class Database:
         return self._reports is not None
 
     async def open(self) -> None:
-        """Connects and migrates. Raises OSError, asyncpg's errors and MigrationError: then it may be tried again.
+        """Connects and migrates. Raises OSError, asyncpg's errors, UnavailableError and MigrationError: then it may be
+        tried again.
 
         Raises StartError where trying again cannot help.
         """
@@ -191,14 +193,24 @@ def _mapped_errors() -> Iterator[None]:
 
 async def _bring_schema(pool: asyncpg.Pool, url: str) -> None:
     """Migrates where that is needed, while no other ledger writes or migrates."""
-    async with pool.acquire() as connection, connection.transaction():
-        await connection.execute(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
-        applied: set[str] = set()
-        if await connection.fetchval("SELECT to_regclass('schema_migrations')") is not None:
-            applied = {row["version"] for row in await connection.fetch("SELECT version FROM schema_migrations")}
-        if newer := sorted(applied - migrations.known()):
-            raise StartError(
-                f"the database belongs to a newer ledger: this one does not know its migrations {', '.join(newer)}"
-            )
-        if applied != migrations.known():
-            await migrations.migrate(url)
+    async with _transaction(pool, LONGEST_SECONDS) as connection:
+        if await _is_ours(connection):
+            return
+    async with _transaction(pool, _LONGEST_MIGRATION_SECONDS) as connection:
+        async with asyncio.timeout(_LONGEST_MIGRATION_SECONDS):
+            await connection.execute(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+            # Another ledger may have migrated meanwhile.
+            if not await _is_ours(connection):
+                await migrations.migrate(url)
+
+
+async def _is_ours(connection: Connection) -> bool:
+    """Whether all migrations were applied. Raises StartError where there are others."""
+    applied: set[str] = set()
+    if await connection.fetchval("SELECT to_regclass('schema_migrations')") is not None:
+        applied = {row["version"] for row in await connection.fetch("SELECT version FROM schema_migrations")}
+    if newer := sorted(applied - migrations.known()):
+        raise StartError(
+            f"the database belongs to a newer ledger: this one does not know its migrations {', '.join(newer)}"
+        )
+    return applied == migrations.known()

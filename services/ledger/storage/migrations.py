@@ -44,7 +44,11 @@ async def _run(url: str, *arguments: str) -> None:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    said, _ = await process.communicate()
+    try:
+        said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:  # cancelled
+            process.kill()
     if process.returncode:
         raise MigrationError(said.decode(errors="replace").strip()[-500:])
 
