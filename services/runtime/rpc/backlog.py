@@ -1,8 +1,8 @@
 """A bound, in bytes, on answers that callers have not read.
 
 HTTP/2 lets a caller read answers as slowly as it likes, and both engines buffer the unread ones. The total of unread
-bytes is known at any time. Connections are measured only when that total is large: the unread bytes of one are the bytes
-answered on it, minus those that the kernel has taken (native) or the other end has acknowledged (grpcio).
+bytes is known at any time. Connections are measured only when that total is large: the unread bytes of one are the
+bytes answered on it, minus those that the kernel has taken (native) or the other end has acknowledged (grpcio).
 
 A connection that would need more than a minute to drain is cut. Until then its callers are refused further answers;
 other callers are served.

@@ -221,7 +221,7 @@ def test_an_address_of_this_host_is_not_warned_of(address):
     assert warning(address, has_keys=False) == ""
 
 
-def test_a_hidden_caller_is_near_if_only_this_host_reaches_the_server_and_is_an_admin_network():
+def test_a_caller_without_an_address_is_near_if_only_this_host_reaches_the_server_and_is_an_admin_network():
     assert Access("127.0.0.1:1").is_near("unix:")
     assert not Access("127.0.0.1:1", ()).is_near("unix:")
     assert not Access("0.0.0.0:1").is_near("unix:")
