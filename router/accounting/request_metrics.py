@@ -253,8 +253,7 @@ class RequestMetrics:
         return total, failed, answered, slow
 
     def _all(self) -> list[tuple[Labels, Series]]:
-        """A copy, because hits are counted on other threads than the event loop's."""
-        return [(Labels(*key), series) for key, series in list(self._series.items())]
+        return [(Labels(*key), series) for key, series in self._series.items()]
 
     def _open(self, labels: Labels) -> Series:
         if labels.model != OTHER and (labels.model, labels.version) not in self._models:

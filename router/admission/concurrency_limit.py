@@ -106,7 +106,7 @@ class ConcurrencyLimits:
         self._limits: dict[tuple[str, bytes], ConcurrencyLimit] = {}
 
     def known(self, worker: str, model: bytes) -> ConcurrencyLimit | None:
-        """As `of`, but on any thread; None if there is none yet because nothing was sent."""
+        """As `of`; None if there is none yet because nothing was sent."""
         return self._limits.get((worker, model))
 
     def of(self, worker: str, model: bytes) -> ConcurrencyLimit:
@@ -115,7 +115,6 @@ class ConcurrencyLimits:
         if limit is None:
             if len(self._limits) >= _MANY:
                 # Drops idle limits, such as those of models and workers that are gone. A new one replaces an idle one.
-                self._limits = {key: kept for key, kept in list(self._limits.items()) if kept.in_flight}
-            # The receiving thread may have added it in the meantime.
-            limit = self._limits.setdefault((worker, model), ConcurrencyLimit(self.target, self._clock))
+                self._limits = {key: kept for key, kept in self._limits.items() if kept.in_flight}
+            limit = self._limits[worker, model] = ConcurrencyLimit(self.target, self._clock)
         return limit

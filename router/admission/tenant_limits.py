@@ -90,7 +90,7 @@ class CacheShares:
         self._to_check: deque[tuple[str, bytes]] = deque()
 
     def keep(self, tenant: str, key: bytes, size: int) -> None:
-        """Counts an answer of `size` bytes that was stored. On the event loop."""
+        """Counts an answer of `size` bytes that was stored."""
         share = self._shares.get(tenant, self._shares.get(OTHERS))
         if share is None:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations  # compiled by mypyc
 
 import random
-import threading
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -37,7 +36,6 @@ class Dispatcher:
         self._metrics = DispatchMetrics()
         self._parts = DispatchParts(fleet, limits, retries, tails, self._metrics, self._shed)
         self._sheds = 0
-        self._shedding = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
         yield from self._metrics.samples()
@@ -50,7 +48,7 @@ class Dispatcher:
         return Attempts(self._parts, request).run()
 
     def refusal(self, model: ModelEntry, caller: Caller) -> RefusedError | None:
-        """The error of a request if all workers are at their limit now, before any work is done for it. Any thread.
+        """The error of a request if all workers are at their limit now, before any work is done for it.
 
         None if a worker is below its limit, or if no worker can run the model. Not for steps of a sequence, which are
         never refused.
@@ -66,8 +64,7 @@ class Dispatcher:
         return self._shed(model, caller, skipped) if skipped else None
 
     def _shed(self, model: ModelEntry, caller: Caller, skipped: list[str]) -> RefusedError:
-        with self._shedding:
-            self._sheds += 1
+        self._sheds += 1
         return RefusedError(
             f"overloaded: no worker can take more of model {model.name!r} now, retry later; {join_reasons(skipped)}",
             caller,

@@ -21,7 +21,7 @@ class LocalAnswers:
         self._renewal = renewal
 
     def get(self, call: Call) -> Entry | None:
-        """A usable answer from the local tier, or None. Any thread."""
+        """A usable answer from the local tier, or None."""
         model = call.model
         if not call.request_hash or model is None:
             return None

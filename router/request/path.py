@@ -114,7 +114,7 @@ class RequestPath:
         return call
 
     async def answer(self, call: Call) -> Answer | Failure:
-        """Runs the whole path; also stores a failure in `call.error`. The part up to the local tier runs on any thread.
+        """Runs the whole path; also stores a failure in `call.error`. Up to the local tier it waits for nothing.
 
         Cancelled: counts the call as cancelled.
         """

@@ -43,7 +43,7 @@ class Replies:
         self._hits = 0
 
     def count(self, call: Call, found: Found) -> Callable[[], None] | None:
-        """Counts an answered call. Returns the remaining work, to be called on the event loop, if any."""
+        """Counts an answered call. Returns the remaining work, to be called after the answer was sent, if any."""
         model = call.model
         assert model is not None
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
@@ -75,7 +75,7 @@ class Replies:
         return call.renew
 
     def answer(self, call: Call, found: Found) -> Answer:
-        """The answer for the caller. Counts the call. Any thread."""
+        """The answer for the caller. Counts the call."""
         afterwards = self.count(call, found)
         trailing: Metadata = (
             ("ringmesh-cache", found.outcome),
@@ -135,7 +135,7 @@ class Replies:
         self._keep(call, labels, end, attributes, slow=slow)
 
     def failure(self, call: Call, error: RingmeshError) -> Failure:
-        """The failure for the caller. Counts the call. Any thread."""
+        """The failure for the caller. Counts the call."""
         keep = self._count_failed(call, error.code, error.message, error.kind)
         return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), keep)
 
@@ -146,11 +146,11 @@ class Replies:
             self._meter.computed_late(labels, call.trace, stages)
 
     def left(self, call: Call) -> None:
-        """Counts a call that its caller cancelled. Event loop only."""
+        """Counts a call that its caller cancelled."""
         self._count_failed(call, grpc.StatusCode.CANCELLED, "the caller left", "cancelled")()
 
     def _count_failed(self, call: Call, code: grpc.StatusCode, message: str, kind: str) -> Callable[[], None]:
-        """Counts a failed call. Returns the remaining work, to be called on the event loop."""
+        """Counts a failed call. Returns the remaining work, to be called after the answer was sent."""
         end = time.time_ns()
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, outcome_of(kind))

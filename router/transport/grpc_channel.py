@@ -124,7 +124,8 @@ class GrpcChannel:
     async def ping(self, seconds: float) -> bool:
         """Whether the server's engine acknowledges an HTTP/2 PING in time; connects if necessary.
 
-        Engines answer a PING without Python, so a busy server answers and a stopped one does not.
+        A server whose handlers are slow answers, and one that is stopped does not. The native engine answers on the
+        event loop, grpcio without Python.
         """
         try:
             async with asyncio.timeout(seconds):

@@ -221,7 +221,7 @@ class WorkerClient:
         return bool(self._envelopes) and not self._is_pinging and time.monotonic() - self._heard > _SILENT_SECONDS
 
     async def is_alive(self) -> bool:
-        """Whether the worker's engine answers a ping, however busy the worker is."""
+        """Whether the worker's engine answers a ping."""
         self._is_pinging = True
         try:
             return await self._channel.ping(_PING_SECONDS) or await self._channel.ping(_PING_SECONDS)

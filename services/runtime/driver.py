@@ -1,4 +1,4 @@
-"""Runs coroutines without asyncio tasks: on the thread that starts them, and later from callbacks of the event loop.
+"""Runs coroutines without asyncio tasks: where they are started, and later from callbacks of the event loop.
 
 A task and its future cost three times as much (docs/decisions/0027). A driven coroutine may await promises,
 asyncio futures and `ON_LOOP`. Code that needs a current task (asyncio.timeout, TaskGroup) goes through
@@ -32,8 +32,8 @@ class _OnLoop:
         yield self
 
 
-# A coroutine that awaits this continues on the event loop, immediately if it runs there already. If it was started on
-# another thread, that thread hands it over at this point.
+# A driven coroutine that awaits this continues immediately. A fast path of the native engine begins without a driver:
+# there it continues when the requests that came with it have begun too, and those that need not wait are answered.
 ON_LOOP: Final = _OnLoop()
 
 
@@ -163,7 +163,7 @@ class Driver:
     def start(self, deadline: float | None = None) -> None:
         """Runs the coroutine on the event loop until it waits or ends; `done` may be called before this returns.
 
-        The coroutine is new, or another thread ran it up to its `ON_LOOP`. At `deadline` (time.monotonic)
+        The coroutine is new, or the engine ran it up to its `ON_LOOP`. At `deadline` (time.monotonic)
         DeadlinePassed is raised in it; if the coroutine does not handle that, `done` gets a DeadlineExceededError.
         """
         self._step(None)

@@ -3,9 +3,8 @@
     python -m tests.bench.echo one-hop --port 9001 --response-bytes 900
     python -m tests.bench.echo two-hop --port 9002 --back 9003 --response-bytes 100
 
-One hop is the native engine by its calls alone, without asyncio: recv_batch and respond on one thread. Two hops go
-through the router's own WorkerClient to a worker that answers each item of an envelope at once, over its Unix socket as
-wherever both are on one host.
+One hop is a fast path on the native engine that answers at once. Two hops go through the router's own WorkerClient to a
+worker that answers each item of an envelope at once, over its Unix socket as wherever both are on one host.
 """
 
 import argparse
@@ -14,13 +13,13 @@ import tempfile
 
 import grpc
 import uvloop
-from pygrpc_native import EVENT_CALL, NativeGrpcFront
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.transport.worker_client import EnvelopeItem, WorkerClient
 from router.transport.worker_load import WorkerLoad
 from services.inference.api.envelope_socket import EnvelopeSocket
+from services.runtime.oip.protocol import fast_path_handler
 from services.runtime.rpc.rpc import Answer, Service
 from services.runtime.rpc.server import Engine, Server
 
@@ -28,6 +27,9 @@ from services.runtime.rpc.server import Engine, Server
 async def serve(arguments: argparse.Namespace) -> None:
     answer = bytes(arguments.response_bytes)
     link = WorkerClient(f"127.0.0.1:{arguments.back}", WorkerLoad())
+
+    async def one_hop(data, metadata, deadline):
+        return Answer(answer, ())
 
     async def two_hop(request, context):
         answered = asyncio.get_running_loop().create_future()
@@ -45,15 +47,15 @@ async def serve(arguments: argparse.Namespace) -> None:
 
     inference = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     worker = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
-    method, service = {
-        "two-hop": ({"ModelInfer": two_hop}, inference),
-        "back": ({"Describe": describe}, worker),
+    service = {
+        "one-hop": Service(inference, {"ModelInfer": fast_path_handler(one_hop)}, {"ModelInfer": one_hop}),
+        "two-hop": Service(inference, {"ModelInfer": grpc.unary_unary_rpc_method_handler(two_hop)}),
+        "back": Service(worker, {"Describe": grpc.unary_unary_rpc_method_handler(describe)}),
     }[arguments.kind]
-    handlers = {name: grpc.unary_unary_rpc_method_handler(handler) for name, handler in method.items()}
     server = Server(
         Engine.NATIVE,
         f"127.0.0.1:{arguments.port}",
-        [Service(service, handlers)],
+        [service],
         max_message_bytes=128 << 20,
         max_connection_age=3600,
     )
@@ -67,28 +69,13 @@ async def serve(arguments: argparse.Namespace) -> None:
     await asyncio.Event().wait()
 
 
-def serve_one_hop(port: int, response_bytes: int) -> None:
-    infer = f"/{v2.DESCRIPTOR.services_by_name['GRPCInferenceService'].full_name}/ModelInfer"
-    front = NativeGrpcFront(f"127.0.0.1:{port}", [(infer, False), ("/grpc.health.v1.Health/Check", False)])
-    front.start()
-    answers = [bytes(response_bytes), b"\x08\x01"]  # SERVING
-    while (events := front.recv_batch(64)) is not None:
-        for kind, call_id, method_id, _, _ in events:
-            if kind == EVENT_CALL:
-                front.respond(call_id, answers[method_id])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=["one-hop", "two-hop", "back"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--back", type=int, default=0)
     parser.add_argument("--response-bytes", type=int, required=True)
-    arguments = parser.parse_args()
-    if arguments.kind == "one-hop":
-        serve_one_hop(arguments.port, arguments.response_bytes)
-    else:
-        uvloop.run(serve(arguments))
+    uvloop.run(serve(parser.parse_args()))
 
 
 main()

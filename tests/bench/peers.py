@@ -127,7 +127,7 @@ def router_and_worker(name: str, loadgen: Path, models: Path, traces: Path, thre
 
 @contextmanager
 def echo(name: str, loadgen: Path, response_bytes: int) -> Iterator[Server]:
-    """Starts a server that answers each call with `response_bytes` bytes, on the engine without asyncio."""
+    """Starts a server that answers each call with `response_bytes` bytes."""
     port = free_port()
     arguments = ("one-hop", "--port", str(port), "--response-bytes", str(response_bytes))
     with running("tests.bench.echo", *arguments, port=port) as process:

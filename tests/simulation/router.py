@@ -82,7 +82,7 @@ class SimRouter:
         return time.monotonic()
 
     def receive(self, call):
-        """Handles a call as FastPathServer does; `call.answered_by_router` gets the answer."""
+        """Handles a call as NativeServer does; `call.answered_by_router` gets the answer."""
         call.cancel_at_router = None
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
         try:

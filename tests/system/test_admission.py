@@ -27,7 +27,7 @@ async def call(channel, request, *metadata):
 
 
 @pytest.mark.both_engines
-async def test_a_tenant_over_its_quota_is_told_when_to_retry_and_still_gets_hits(router, engine):
+async def test_a_tenant_over_its_quota_is_told_when_to_retry_and_still_gets_hits(router):
     acme = ("ringmesh-tenant", "acme")
     async with grpc.aio.insecure_channel(router) as channel:
         known = fresh()
@@ -40,8 +40,7 @@ async def test_a_tenant_over_its_quota_is_told_when_to_retry_and_still_gets_hits
         retry = error_details_pb2.RetryInfo()
         assert detail.Unpack(retry)
         assert 0 < retry.retry_delay.ToTimedelta().total_seconds() <= 0.5
-        if engine == "grpcio":  # the native engine does not let a server send it
-            assert 0 < int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) <= 500
+        assert 0 < int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) <= 500
         assert (await call(channel, known, acme))[0] == grpc.StatusCode.OK
         assert (await call(channel, fresh(), ("ringmesh-tenant", "other")))[0] == grpc.StatusCode.OK
 

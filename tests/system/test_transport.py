@@ -360,7 +360,7 @@ def test_answers_to_callers_who_leave_meanwhile_are_forgotten():
         serving.close()
 
 
-# No metadata of gRPC: the native engine takes no answer with it.
+# No metadata of gRPC: the native engine sends no answer with it.
 BROKEN = (("x", "a\nb"),)
 
 
@@ -372,8 +372,8 @@ async def on_loop(answer):
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param(lambda: Answer(b"x", BROKEN), id="on the receiving thread"),
-        pytest.param(lambda: on_loop(Answer(b"x", BROKEN)), id="on the event loop"),
+        pytest.param(lambda: Answer(b"x", BROKEN), id="at once"),
+        pytest.param(lambda: on_loop(Answer(b"x", BROKEN)), id="later"),
         pytest.param(lambda: on_loop(Answer(bytes(8 << 20), BROKEN)), id="large"),
         pytest.param(lambda: Failure(grpc.StatusCode.NOT_FOUND, "no", BROKEN), id="a failure"),
     ],

@@ -26,8 +26,8 @@ def begin() -> None:
 def use_tcmalloc() -> None:
     """Restarts this process with tcmalloc if it is installed, unless LD_PRELOAD is set already.
 
-    One of the engine's threads allocates buffers and another frees them. With glibc's malloc, threads then wait for
-    each other's locks, which takes a fifth of a hit (docs/decisions/0030).
+    What one thread allocates, another frees. With glibc's malloc, threads then wait for each other's locks
+    (docs/decisions/0022).
     """
     if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
         return

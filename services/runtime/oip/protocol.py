@@ -3,7 +3,6 @@
 from __future__ import annotations  # compiled by mypyc
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -246,11 +245,9 @@ def span_attributes(method: str, code: int) -> dict[str, Value]:
 
 def deadline(context: Context) -> float | None:
     """Returns the caller's deadline in time.monotonic, or None if there is none."""
-    # Without a deadline, grpcio returns None, contrary to its stubs, and pygrpc-native sys.maxsize.
+    # Without a deadline, it is None, contrary to grpcio's stubs.
     remaining: float | None = cast("Any", context).time_remaining()
-    if remaining is None or remaining >= sys.maxsize:
-        return None
-    return time.monotonic() + remaining
+    return None if remaining is None else time.monotonic() + remaining
 
 
 def sequence_of(request: v2.ModelInferRequest) -> int | str:

@@ -58,7 +58,7 @@ class ServiceSettings(BaseSettings):
 
     address: str = Field("127.0.0.1:0", description="host:port to serve gRPC on; port 0 takes a free one")
     metrics_address: str = Field("127.0.0.1:0", description="host:port to serve /metrics on; port 0 takes a free one")
-    engine: Engine = Field(Engine.NATIVE, description="what does the HTTP/2 work: native (Rust) or grpcio")
+    engine: Engine = Field(Engine.NATIVE, description="what does the HTTP/2 work: native (our own) or grpcio")
     max_message_bytes: int = Field(128 << 20, gt=0, description="largest request taken")
     max_unread_bytes: int = Field(
         MAX_UNREAD_BYTES, gt=0, description="answers that callers have not read, beyond which slow ones are cut"

@@ -1,1 +1,1 @@
-"""gRPC servers on both engines: pygrpc-native and grpcio."""
+"""gRPC servers on both engines: our own and grpcio."""

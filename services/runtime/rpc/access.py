@@ -207,13 +207,13 @@ class Access:
         return any(name.startswith(_FORWARDED) and name != own for name, _ in metadata)
 
     def is_near(self, peer: str) -> bool:
-        """Whether the caller is in an admin network. The native engine hides who calls a method with a request stream
-        (`unix:`): then nobody is, unless the server listens for this host only."""
+        """Whether the caller is in an admin network. One without an address (`unix:`) is on this host, if the server
+        listens for this host only."""
         near = self._peers.get(peer)
         if near is None:
-            is_hidden = peer.startswith("unix:")
-            near = (self._is_local or not is_hidden) and self.is_admin_host(
-                "127.0.0.1" if is_hidden else parse_peer(peer)[0]
+            is_nameless = peer.startswith("unix:")
+            near = (self._is_local or not is_nameless) and self.is_admin_host(
+                "127.0.0.1" if is_nameless else parse_peer(peer)[0]
             )
             if len(self._peers) >= _MOST_PEERS:
                 self._peers.clear()

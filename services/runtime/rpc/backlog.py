@@ -1,12 +1,8 @@
 """A bound, in bytes, on answers that callers have not read.
 
-HTTP/2 lets a caller read answers as slowly as it likes, and both engines buffer the unread ones. Neither reports unread
-bytes by connection, but each reports the answers of calls that ended, so the total of unread bytes is known.
-Connections are measured only when that total is large: the unread bytes of one are the bytes answered on it, minus the
-bytes that the other end has acknowledged according to the kernel.
-
-The native engine never reports an answer that it takes while its connection ends. Such answers are found when no call
-is open, and when the total is more than the connections have unread.
+HTTP/2 lets a caller read answers as slowly as it likes, and both engines buffer the unread ones. The total of unread
+bytes is known at any time. Connections are measured only when that total is large: the unread bytes of one are the
+bytes answered on it, minus those that the kernel has taken (native) or the other end has acknowledged (grpcio).
 
 A connection that would need more than a minute to drain is cut. Until then its callers are refused further answers;
 other callers are served.
@@ -51,7 +47,7 @@ class MeasuredConnections(Protocol):
     """See services.runtime.rpc.connections."""
 
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
-        """Yields the remote address of each connection, and the bytes that it has acknowledged."""
+        """Yields the remote address of each connection, and the bytes that it has taken or acknowledged."""
 
     def cut(self, addresses: Collection[Address]) -> int:
         """Ends the connections from `addresses` and returns their number."""
@@ -75,21 +71,17 @@ class _Flow:
 class Backlog:
     """Unread answers of one server.
 
-    `ended` returns the cumulative bytes of admitted answers that were sent or whose callers left, and whether the
-    engine knows of no other call. Two threads hand over answers: `+=` on an attribute is not interrupted in CPython.
+    `ended` returns the cumulative bytes of admitted answers that were sent or whose callers left. Any thread may call
+    it.
     """
 
-    def __init__(
-        self, limit: int, ended: Callable[[], tuple[int, bool]], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, limit: int, ended: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = limit
         self._step = int(limit * _STEP)
         self._ended = ended
         self._clock = clock
         self._connections: MeasuredConnections | None = None
         self._handed = 0
-        # Bytes of answers that the engine took and will never report.
-        self._lost = 0
         self._total = 0
         self._next_look = self._step
         # The earliest time of the next measurement.
@@ -123,14 +115,10 @@ class Backlog:
         if flow.unread - size <= self._share(self._total):
             return True
         self._refused += 1
-        self.withdraw(peer, size)
-        return False
-
-    def withdraw(self, peer: str, size: int) -> None:
         self._handed -= size
-        if (flow := self._flows.get(peer)) is not None:
-            flow.handed -= size
-            flow.unread -= size
+        flow.handed -= size
+        flow.unread -= size
+        return False
 
     def refusal(self) -> ResourceExhaustedError:
         return ResourceExhaustedError(
@@ -147,13 +135,7 @@ class Backlog:
             self._lock.release()
 
     def _unread(self) -> int:
-        before = self._handed
-        ended, is_idle = self._ended()
-        unread = self._handed - ended
-        # If too much was taken for lost, the rest ends nevertheless, or is withdrawn, which corrects it.
-        lost = before - ended if is_idle else self._lost
-        self._lost = max(0, min(lost, unread))
-        return unread - self._lost
+        return self._handed - self._ended()
 
     def _look(self) -> None:
         self._next_look = self._handed + self._step
@@ -182,11 +164,6 @@ class Backlog:
             if flow.address not in alive and flow.address[1]:
                 self._flows.pop(peer, None)
                 self._by_address.pop(flow.address, None)
-        # Of what was answered before the flows were tracked, less than a step was unread; another one allows for frames
-        # and headers.
-        known = sum(flow.unread for flow in list(self._by_address.values())) + 2 * self._step
-        if total > known:
-            self._lost += total - known
         if slow:
             self._cut += self._connections.cut({flow.address for flow in slow})
             log.warning(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -41,8 +40,6 @@ class Calls:
         # By method and code.
         self._counts: dict[str, dict[str, int]] = {}
         self._others: list[Callable[[], Iterator[Sample]]] = []
-        # Fast paths also count on the receiving thread.
-        self._lock = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
         for method, counts in self._counts.items():
@@ -61,12 +58,11 @@ class Calls:
         }
 
     def counter(self, method: str) -> Callable[[str], None]:
-        """Returns a function that counts a call by the name of its status code, on any thread."""
+        """Returns a function that counts a call by the name of its status code."""
         counts = self._counts.setdefault(method, {})
 
         def count(code: str) -> None:
-            with self._lock:
-                counts[code] = counts.get(code, 0) + 1
+            counts[code] = counts.get(code, 0) + 1
 
         return count
 

@@ -1,9 +1,9 @@
-"""The connections of a grpcio server as the kernel lists them, to ask clients to reconnect elsewhere without ending their calls.
+"""A grpcio server's connections as the kernel lists them, to ask clients to reconnect elsewhere without ending calls.
 
 HTTP/2 has a frame for that: GOAWAY with the highest stream id (RFC 9113 6.8). A client that receives it finishes its
 calls here and makes new ones on another connection. grpc.aio sends it only when it stops, and then cancels calls in
-flight. So this module writes the frame to the socket itself, between the engine's frames. A
-write to a socket is complete unless its buffer is full, so a connection with unsent bytes is left for the next round.
+flight. So this module writes the frame to the socket itself, between the engine's frames. A write to a socket is
+complete unless its buffer is full, so a connection with unsent bytes is left for the next round.
 """
 
 from __future__ import annotations

@@ -207,8 +207,8 @@ class NativeServer:
             self._loop.call_soon_threadsafe(connection.abort)
         return len(found)
 
-    def _ended_bytes(self) -> tuple[int, bool]:
-        return self._handed - sum([connection.unsent for connection in list(self._connections)]), False
+    def _ended_bytes(self) -> int:
+        return self._handed - sum([connection.unsent for connection in list(self._connections)])
 
     # As http2_connection.Server.
 

@@ -33,7 +33,7 @@ class Answer:
     """A serialized response and its trailing metadata.
 
     `afterwards` is called on the event loop, whether the answer was sent or not. `pieces` follow `body`: a large
-    response stays in pieces until it is sent; a thread joins them.
+    response stays in pieces until it is sent; who needs it whole joins them on a thread.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Answer:
 
     @property
     def is_large(self) -> bool:
-        """Whether it must be sent from a thread."""
+        """Whether it takes long to copy."""
         return len(self.body) > LARGE_BYTES or len(self.pieces) > 0
 
     def whole(self) -> bytes:
@@ -77,8 +77,8 @@ PUSHBACK = "grpc-retry-pushback-ms"
 
 
 # A unary method that needs no asyncio task. It takes the request, its metadata and the caller's deadline
-# (time.monotonic). It starts on the receiving thread, where it may only read and count; it must await driver.ON_LOOP
-# before it does anything else. It is cancelled when the caller leaves, and at the deadline.
+# (time.monotonic). It must await driver.ON_LOOP before it awaits anything else: what ends before that is answered at
+# once, and needs no driver. It is cancelled when the caller leaves, and at the deadline.
 FastPath: TypeAlias = Callable[[bytes, Metadata, float | None], Coroutine[Any, Any, "Answer | Failure"]]
 
 

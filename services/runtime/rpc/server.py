@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from enum import StrEnum
 from functools import partial
@@ -71,7 +71,7 @@ class _GrpcioAnswers:
     """Unread answers of a grpcio server, whose handler task ends when the answer is sent or the caller has left."""
 
     def __init__(self, max_unread_bytes: int) -> None:
-        self.backlog = Backlog(max_unread_bytes, lambda: (self._ended_bytes, False))
+        self.backlog = Backlog(max_unread_bytes, lambda: self._ended_bytes)
         self._ended_bytes = 0
 
     def bounded(self, handler: Handler) -> Handler:

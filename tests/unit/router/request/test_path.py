@@ -115,7 +115,7 @@ class Router:
         self.told = []
 
     def send(self, data=None, *, deadline=None, metadata=()):
-        """As the engine: begun on the receiving thread, continued on the event loop. Returns what cancels it."""
+        """As the engine: begun without a driver, continued by one. Returns what cancels it."""
         coroutine = self.path.infer(request() if data is None else data, metadata, deadline)
         try:
             coroutine.send(None)

@@ -26,10 +26,9 @@ class Wire:
         self.acked = dict.fromkeys(AT.values(), 0)
         self.cuts = []
         self.sent = 0
-        self.is_idle = False
         self.now = 1000.0
         self.waiting = dict.fromkeys(AT, 0)
-        self.backlog = Backlog(LIMIT, lambda: (self.sent, self.is_idle), lambda: self.now)
+        self.backlog = Backlog(LIMIT, lambda: self.sent, lambda: self.now)
         self.backlog.watch(self)
 
     def acknowledged(self):
@@ -52,10 +51,6 @@ class Wire:
         self.waiting[peer] -= size
         self.sent += size
         self.acked[AT[peer]] += size + OVERHEAD
-
-    def lose(self, peer, size=MB):
-        """The engine takes it while the connection ends, and never reports it."""
-        self.waiting[peer] -= size
 
     def wait(self, seconds):
         """With a look each second, as a server has it."""
@@ -153,57 +148,6 @@ def test_answers_whose_callers_left_are_forgotten(wire):
     wire.wait(30)
     assert wire.unread == 0
     assert wire.cuts == []
-
-
-def test_answers_that_the_engine_loses_are_found_once_no_call_is_open(wire):
-    wire.answer(A)
-    wire.lose(A)
-    assert wire.unread == MB
-    wire.is_idle = True
-    assert wire.unread == 0
-    wire.is_idle = False
-    wire.answer(A)
-    assert wire.unread == MB
-
-
-def test_answers_that_the_engine_loses_while_others_are_open_refuse_nobody(wire):
-    wire.answer(B)
-    for _ in range(10 * LIMIT // MB):
-        assert wire.answer(A)
-        wire.lose(A)
-        wire.acked[AT[A]] += MB + OVERHEAD
-        wire.now += 0.1
-        wire.backlog.look()
-    assert wire.unread <= LIMIT // 4
-    # What is unread still counts in full.
-    taken = [wire.answer(A) for _ in range(1000)]
-    assert sum(taken) <= (LIMIT // 2 + LIMIT // 8) // MB + 1
-    wire.wait(12)
-    assert wire.cuts == [AT[A]]
-
-
-def test_what_was_taken_for_lost_and_ends_after_all_is_not_lost(wire):
-    wire.answer(A)
-    wire.is_idle = True
-    assert wire.unread == 0
-    wire.is_idle = False
-    wire.read(A)
-    assert wire.unread == 0
-    wire.answer(A)
-    assert wire.unread == MB
-
-
-def test_an_answer_that_is_withdrawn_while_the_engine_is_asked_is_not_lost():
-    backlog = Backlog(LIMIT, lambda: (backlog.withdraw(A, MB) or 0, True))
-    assert backlog.admit(A, MB)
-    assert {sample.value for sample in backlog.samples()} == {0}
-
-
-def test_an_answer_that_could_not_be_handed_over_does_not_count(wire):
-    for _ in range(1000):
-        assert wire.backlog.admit(A, MB)
-        wire.backlog.withdraw(A, MB)
-    assert wire.unread == 0
 
 
 async def test_a_stream_whose_client_does_not_read_is_read_no_further(monkeypatch):

@@ -1,4 +1,4 @@
-"""GOAWAY beside the frames of an engine: on connections that are established, and on none before."""
+"""GOAWAY beside the frames of grpcio: on connections that are established, and on none before."""
 
 import asyncio
 import socket
@@ -21,21 +21,21 @@ def pair():
             yield accepted, client, Connections(server.getsockname()[1])
 
 
-def test_a_connection_on_which_the_engine_has_sent_nothing_is_asked_to_go_when_it_has(pair):
+async def test_a_connection_on_which_the_engine_has_sent_nothing_is_asked_to_go_when_it_has(pair):
     accepted, client, connections = pair
-    assert not connections.release(0.0)
+    assert not await connections.release(0.0)
     accepted.sendall(SETTINGS)
     assert client.recv(len(SETTINGS), socket.MSG_WAITALL) == SETTINGS  # so it is acknowledged, or soon
-    while not connections.release(1.0):
+    while not await connections.release(1.0):
         pass
     assert client.recv(9, socket.MSG_WAITALL)[3] == 7  # GOAWAY
 
 
-def test_a_connection_is_open_until_it_is_closed_here(pair):
+async def test_a_connection_is_open_until_it_is_closed_here(pair):
     accepted, _, connections = pair
-    assert connections.are_open()
+    assert await connections.are_open()
     accepted.close()
-    assert not connections.are_open()
+    assert not await connections.are_open()
 
 
 @pytest.mark.parametrize("engine", list(Engine))
