@@ -73,6 +73,8 @@ _STREAM_WINDOW: Final = 1 << 20
 # Bytes received on the connection before it is given as many more.
 _CONNECTION_STEP: Final = 1 << 29
 _FRAME_BYTES: Final = 65_536
+# A data frame is taken before its end has come if so much of it is there.
+_PART_BYTES: Final = 4096
 # The socket's queue above which no more data of streams is added.
 _WRITE_BYTES: Final = 1 << 20
 # Frames that leave in one write.
@@ -232,6 +234,10 @@ class Connection(asyncio.Protocol):
         self._block_bytes: i64 = 0
         self._block_flags: i64 = 0
         self._block_number: i64 = 0
+        # Of a data frame that is in part in the next chunk: the bytes that are missing, its flags and stream.
+        self._part_left: i64 = 0
+        self._part_flags: i64 = 0
+        self._part_number: i64 = 0
         self._received: i64 = 0
         # What the client takes: on the connection, on a new stream, in a frame.
         self._window: i64 = _DEFAULT_WINDOW
@@ -377,6 +383,7 @@ class Connection(asyncio.Protocol):
             data = self._rest + data
             self._rest = b""
         at: i64 = 0
+        flags: i64 = 0
         size: i64 = len(data)
         if not self._has_begun:
             if not (data.startswith(PREFACE) or PREFACE.startswith(data)):
@@ -387,19 +394,31 @@ class Connection(asyncio.Protocol):
             self._has_begun = True
             self._drop_timer()
             at = len(PREFACE)
+        if self._part_left:
+            at = min(self._part_left, size)
+            self._part_left -= at
+            flags = self._part_flags & ~_END_STREAM if self._part_left else self._part_flags
+            self._take_data(data, 0, at, flags, self._part_number)
         while size - at >= _HEAD_BYTES:
             length: i64 = (data[at] << 16) | (data[at + 1] << 8) | data[at + 2]
             if length > _FRAME_BYTES:
                 raise ProtocolError(FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             end: i64 = at + _HEAD_BYTES + length
-            if end > size:
-                break
             kind: i64 = data[at + 3]
-            flags: i64 = data[at + 4]
+            if end > size and (kind != _DATA or size - at < _PART_BYTES or data[at + 4] & _PADDED):
+                break
+            flags = data[at + 4]
             number: i64 = (data[at + 5] << 24 | data[at + 6] << 16 | data[at + 7] << 8 | data[at + 8]) & _MAX
             if self._block_number and (kind != _CONTINUATION or number != self._block_number):
                 raise ProtocolError(PROTOCOL_ERROR, "another frame between those of a header block")
             at += _HEAD_BYTES
+            if end > size:
+                # As two frames, because to join the chunks would copy both.
+                self._part_left = end - size
+                self._part_flags = flags
+                self._part_number = number
+                flags &= ~_END_STREAM
+                end = size
             if kind == _DATA:
                 self._take_data(data, at, end, flags, number)
             elif kind == _HEADERS:
