@@ -15,6 +15,8 @@ CALL = [
     (b"te", b"trailers"), (b"content-type", b"application/grpc"),
 ]  # fmt: skip
 
+NAMES = st.binary(max_size=20) | st.sampled_from([b"k-bin", b"te", b":path"])
+
 
 def head(*more, without=()):
     fields = [field for field in CALL if field[0] not in without]
@@ -120,11 +122,16 @@ def test_binary_metadata_that_is_not_base64_is_refused(value):
 
 def test_names_of_grpc_are_no_metadata_but_those_of_traces():
     names = (b"grpc-accept-encoding", b"grpc-previous-rpc-attempts", b"grpc-trace-bin", b"grpc-tags-bin")
-    assert [name for name, _ in head(*[(name, b"AA") for name in names]).metadata] == ["grpc-trace-bin", "grpc-tags-bin"]
+    assert [name for name, _ in head(*[(name, b"AA") for name in names]).metadata] == [
+        "grpc-trace-bin",
+        "grpc-tags-bin",
+    ]
 
 
 @settings(max_examples=40)
-@given(st.lists(st.tuples(st.binary(max_size=20) | st.sampled_from([b"k-bin", b"te", b":path"]), st.binary(max_size=30))))
+@given(
+    st.lists(st.tuples(st.binary(max_size=20) | st.sampled_from([b"k-bin", b"te", b":path"]), st.binary(max_size=30)))
+)
 def test_any_fields_are_read_or_refused(fields):
     read_head(fields, 0)
     read_head([*CALL, *fields], 0)
