@@ -153,11 +153,11 @@ class NativeServer:
             if cancel is not None:
                 cancel()
         end = time.monotonic() + _FLUSH_SECONDS
-        while any(connection.unsent for connection in self._connections) and time.monotonic() < end:
+        while any(connection.unsent for connection in self._connections) and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for connection in list(self._connections):
             connection.close()
-        while self._connections and time.monotonic() < end:
+        while self._connections and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for connection in list(self._connections):
             connection.abort()
@@ -233,7 +233,7 @@ class NativeServer:
         if self._draining:
             stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
             return
-        deadline = None if head.timeout is None else time.monotonic() + head.timeout
+        deadline = stream.deadline
         if method.path is None:
             self._start_task(stream, method, message, deadline)
             return
@@ -250,6 +250,8 @@ class NativeServer:
             answer = end.value
         except Exception as error:
             answer = failure(faults.reported(log, "a fast path failed", error))
+        except asyncio.CancelledError as error:
+            answer = failure(faults.internal(log, "a fast path was cancelled", error))
         else:
             self._suspended.append((coroutine, stream, deadline))
             return
@@ -262,7 +264,7 @@ class NativeServer:
             suspended, self._suspended = self._suspended, []
             for coroutine, stream, deadline in suspended:
                 if stream.is_closed or self._draining:
-                    coroutine.close()
+                    _close(coroutine)
                     stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
                     continue
                 driver = Driver(coroutine, partial(self._end, stream))
@@ -376,7 +378,10 @@ class NativeServer:
                 self._respond(stream, (body,), context.trailing_metadata(), context.initial)
                 return
         except asyncio.CancelledError:
-            # The client has left, or it did not read; if it is there, it has to know.
+            # The client has left, or it did not read; if it is there, it has to know. A status that waits is enough,
+            # unless it waits behind data.
+            if stream.is_open and stream.trailers is not None and not stream.unsent:
+                raise
             if stream.is_open:
                 stream.connection.reset(stream, CANCEL)
             else:
@@ -403,6 +408,13 @@ class NativeServer:
             stream.connection.end(stream, trailers(context.trailing_metadata()))
         else:
             stream.connection.end(stream, failed(code, context.details(), context.trailing_metadata()))
+
+
+def _close(coroutine: Coroutine[Any, Any, object]) -> None:
+    try:
+        coroutine.close()
+    except Exception as error:
+        faults.internal(log, "a fast path failed as it was closed", error)
 
 
 def _do_afterwards(callback: Callable[[], None] | None) -> None:
