@@ -348,8 +348,8 @@ class Connection(asyncio.Protocol):
             self._take_chunk(data)
         except ProtocolError as error:
             self._fail(error.code, str(error))
-        except HeaderError as error:
-            self._fail(COMPRESSION_ERROR, str(error))
+        except HeaderError as invalid:
+            self._fail(COMPRESSION_ERROR, str(invalid))
         except Exception:
             log.exception("a connection failed")
             self._fail(INTERNAL_ERROR, "internal error")
@@ -534,6 +534,8 @@ class Connection(asyncio.Protocol):
                 self._end_request(stream)
             return
         if number <= self._last_number:
+            if flags & _END_STREAM and not head.path:
+                return  # trailers, of a call that has ended meanwhile
             raise ProtocolError(PROTOCOL_ERROR, f"stream {number} comes after stream {self._last_number}")
         self._last_number = number
         if head.is_malformed:
@@ -729,6 +731,7 @@ class Connection(asyncio.Protocol):
         framed: i64 = size + _PREFIX_BYTES
         if (
             framed <= self._frame_size
+            and len(trailers) <= self._frame_size
             and framed <= self._window
             and framed <= stream.window
             and headers is ANSWER
@@ -762,14 +765,27 @@ class Connection(asyncio.Protocol):
         if stream.is_open:
             self.end(stream, trailers)
         else:
-            self._write(_frame(_HEADERS, _END_HEADERS | _END_STREAM, stream.number, HEADERS + trailers))
+            self._write(self._header_frames(_END_STREAM, stream.number, HEADERS + trailers))
             self._finish(stream)
 
     def open(self, stream: Stream, headers: bytes) -> None:
         """Sends the headers of an answer, unless they were sent."""
         if not (stream.is_open or stream.is_closed):
             stream.is_open = True
-            self._write(_frame(_HEADERS, _END_HEADERS, stream.number, headers))
+            self._write(self._header_frames(0, stream.number, headers))
+
+    def _header_frames(self, flags: i64, number: i64, block: bytes) -> bytes:
+        """A header block, in as many frames as the client's limit asks for."""
+        most = self._frame_size
+        if len(block) <= most:
+            return _frame(_HEADERS, flags | _END_HEADERS, number, block)
+        frames = [_frame(_HEADERS, flags, number, block[:most])]
+        at: i64 = most
+        while at < len(block):
+            is_last = at + most >= len(block)
+            frames.append(_frame(_CONTINUATION, _END_HEADERS if is_last else 0, number, block[at : at + most]))
+            at += most
+        return b"".join(frames)
 
     def send(self, stream: Stream, message: bytes) -> None:
         """Sends a message of a streamed answer; `stream.unsent_bytes` says how much still waits."""
@@ -805,6 +821,8 @@ class Connection(asyncio.Protocol):
         if transport is None or stream.is_closed:
             return
         if self._is_reading or self._is_paused:
+            # Also if only its trailers wait.
+            self._blocked[stream.number] = stream
             self._send_soon()
             return
         out: list[bytes | memoryview] = []
@@ -835,8 +853,7 @@ class Connection(asyncio.Protocol):
         self._unsent -= sent
         is_done = not stream.unsent and stream.trailers is not None
         if is_done and stream.trailers is not None:
-            out.append(_FRAME_HEAD.pack(0, len(stream.trailers), _HEADERS, _END_HEADERS | _END_STREAM, stream.number))
-            out.append(stream.trailers)
+            out.append(self._header_frames(_END_STREAM, stream.number, stream.trailers))
         if out:
             self._out.append(b"".join(out))
             self._flush()
@@ -857,9 +874,10 @@ class Connection(asyncio.Protocol):
     def _send_blocked(self) -> None:
         self._is_sending_soon = False
         for stream in list(self._blocked.values()):
-            if self._window <= 0 or self._is_paused:
+            if self._is_paused:
                 return
-            self._send(stream)
+            if self._window > 0 or not stream.unsent:
+                self._send(stream)
 
     def _finish(self, stream: Stream) -> None:
         """The answer is written. A client that has not sent all of its request may stop."""

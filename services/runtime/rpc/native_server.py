@@ -347,7 +347,10 @@ class NativeServer:
         task.add_done_callback(partial(self._task_done, stream, context, timer))
 
     def _expire(self, stream: Stream, task: asyncio.Task[None]) -> None:
-        stream.connection.fail(stream, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer")
+        if stream.unsent:
+            stream.connection.reset(stream, CANCEL)
+        else:
+            stream.connection.fail(stream, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer")
         task.cancel()
 
     def _task_done(
@@ -376,16 +379,18 @@ class NativeServer:
                 self._respond(stream, (body,), context.trailing_metadata(), context.initial)
                 return
         except asyncio.CancelledError:
-            # The client has left, or it did not read; if it is there, it has to know.
-            if stream.is_open:
+            # The client has left, or it did not read; if it is there, it has to know, unless it is told why.
+            if stream.trailers is not None:
+                pass
+            elif stream.is_open:
                 stream.connection.reset(stream, CANCEL)
             else:
                 stream.connection.fail(stream, grpc.StatusCode.CANCELLED, "the call was cancelled")
             raise
         except grpc.aio.AbortError:
             pass
-        except RingmeshError as error:
-            self._refuse(stream, error.code, error.message, status_details(error))
+        except RingmeshError as refused:
+            self._refuse(stream, refused.code, refused.message, status_details(refused))
             return
         except Exception as error:
             self._refuse_as_fault(stream, error)
