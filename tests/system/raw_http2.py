@@ -35,6 +35,8 @@ class RawClient:
             self.socket = tls.wrap_socket(self.socket, server_hostname="127.0.0.1")
         self._encoder, self._decoder = hpack.Encoder(), hpack.Decoder()
         self._received = b""
+        # Of a frame's payload, in bytes.
+        self.longest = 0
         payload = b"".join(struct.pack(">HI", *setting) for setting in settings)
         self.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, payload))
 
@@ -61,6 +63,14 @@ class RawClient:
         kind, flags = head[3], head[4]
         stream = int.from_bytes(head[5:9], "big") & 0x7FFFFFFF
         payload = self._take(int.from_bytes(head[:3], "big"))
+        self.longest = max(self.longest, len(payload))
+        while kind == HEADERS and not flags & END_HEADERS:
+            more = self._take(9)
+            assert (more[3], more[5:9]) == (CONTINUATION, head[5:9])
+            flags |= more[4]
+            part = self._take(int.from_bytes(more[:3], "big"))
+            self.longest = max(self.longest, len(part))
+            payload += part
         headers = dict(self._decoder.decode(payload)) if kind == HEADERS else {}
         return Frame(kind, flags, stream, payload, headers)
 

@@ -22,6 +22,7 @@ from tests.system.raw_http2 import (
     ACK,
     CONTINUATION,
     DATA,
+    EMPTY,
     END_HEADERS,
     END_STREAM,
     GOAWAY,
@@ -270,7 +271,7 @@ def test_a_client_queues_the_calls_beyond_1024(held):
 def test_headers_that_are_wrong_end_their_call_and_nobody_elses(serving, headers, outcomes):
     with RawClient(serving.port) as client:
         encoded = [("grpc-encoding", "zstd")]
-        client.call(1, headers, b"\1\0\0\0\1x" if headers[-1:] == encoded else raw_http2.EMPTY)
+        client.call(1, headers, b"\1\0\0\0\1x" if headers[-1:] == encoded else EMPTY)
         assert client.outcome(1) in outcomes
     assert is_well(serving)
 
@@ -337,6 +338,80 @@ def test_a_window_of_nothing_holds_up_its_own_answers_only(serving):
         for stream in range(1, 101, 2):
             client.send(frame(raw_http2.WINDOW_UPDATE, 0, stream, struct.pack(">I", 10_000)))
         assert client.outcome(99) == OK
+
+
+async def echo_each(requests, _):
+    async for request in requests:
+        yield request
+
+
+def test_a_stream_that_ends_while_the_client_reads_nothing_is_ended_when_it_reads():
+    size = 3 << 20
+    handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(echo_each)}
+    serving = Serving(Engine.NATIVE, lambda _: Answer(bytes(size), ()), handlers=handlers)
+    try:
+        with RawClient(serving.port, [(raw_http2.INITIAL_WINDOW_SIZE, 1 << 30)]) as client:
+            client.send(frame(raw_http2.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
+            client.headers(1, changed(":path", STREAM))
+            client.send(frame(DATA, 0, 1, EMPTY))
+            client.until(lambda got: got.kind == DATA)
+            for stream in range(3, 25, 2):
+                client.call(stream, CALL)
+            [connection] = serving.server._server._connections
+            eventually(lambda: connection._is_paused)
+            client.send(frame(DATA, END_STREAM, 1))
+            eventually(lambda: not serving.server._server._under_way)
+            assert client.outcome(1) == OK
+    finally:
+        serving.close()
+
+
+@pytest.mark.parametrize("kind", list(Engine))
+def test_a_stream_with_a_message_that_is_too_large_says_so_after_it_was_answered(kind):
+    handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(echo_each)}
+    serving = Serving(kind, handlers=handlers)
+    try:
+        with RawClient(serving.port) as client:
+            client.headers(1, changed(":path", STREAM))
+            client.send(frame(DATA, 0, 1, EMPTY))
+            client.until(lambda got: got.kind == DATA)
+            client.send(frame(DATA, 0, 1, struct.pack(">BI", 0, MAX_MESSAGE_BYTES + 1)))
+            assert client.outcome(1) == RESOURCE_EXHAUSTED
+    finally:
+        serving.close()
+
+
+def test_trailers_of_a_request_that_was_refused_meanwhile_are_no_fault(serving):
+    with RawClient(serving.port) as client:
+        client.headers(1, changed(":path", "/a.B/C"))
+        assert client.outcome(1) == UNIMPLEMENTED
+        client.send(frame(DATA, 0, 1, EMPTY))
+        client.headers(1, [("x", "y")], END_HEADERS | END_STREAM)
+        client.call(3, CALL)
+        assert client.outcome(3) == OK
+
+
+LONG = "é" * 9_000
+
+
+@pytest.mark.parametrize("kind", list(Engine))
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (lambda: Failure(grpc.StatusCode.NOT_FOUND, LONG, ()), 5),
+        (lambda: Answer(b"", tuple((f"x-{number}", "a" * 500) for number in range(40))), OK),
+    ],
+    ids=["a failure", "an answer"],
+)
+def test_headers_longer_than_a_frame_are_sent_in_several(kind, answer, status):
+    serving = Serving(kind, lambda _: answer())
+    try:
+        with RawClient(serving.port) as client:
+            client.call(1, CALL)
+            assert client.outcome(1) == status
+            assert client.longest <= 16_384
+    finally:
+        serving.close()
 
 
 def test_a_goaway_of_the_client_is_no_fault(serving):

@@ -385,8 +385,8 @@ class Connection(asyncio.Protocol):
             self._relieve()
         except ProtocolError as error:
             self._fail(error.code, str(error))
-        except HeaderError as error:
-            self._fail(COMPRESSION_ERROR, str(error))
+        except HeaderError as invalid:
+            self._fail(COMPRESSION_ERROR, str(invalid))
         except Exception:
             log.exception("a connection failed")
             self._fail(INTERNAL_ERROR, "internal error")

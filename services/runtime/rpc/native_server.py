@@ -349,7 +349,10 @@ class NativeServer:
         task.add_done_callback(partial(self._task_done, stream, context, timer))
 
     def _expire(self, stream: Stream, task: asyncio.Task[None]) -> None:
-        stream.connection.fail(stream, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer")
+        if stream.unsent:
+            stream.connection.reset(stream, CANCEL)
+        else:
+            stream.connection.fail(stream, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer")
         task.cancel()
 
     def _task_done(
@@ -389,8 +392,8 @@ class NativeServer:
             raise
         except grpc.aio.AbortError:
             pass
-        except RingmeshError as error:
-            self._refuse(stream, error.code, error.message, status_details(error))
+        except RingmeshError as refused:
+            self._refuse(stream, refused.code, refused.message, status_details(refused))
             return
         except Exception as error:
             self._refuse_as_fault(stream, error)
