@@ -126,7 +126,7 @@ async def test_a_caller_that_leaves_in_the_chunk_of_its_request_leaves_nothing_b
     channel.close()
     with RawClient(server._servers[0].sockets[0].getsockname()[1]) as client:
         for stream in (1, 3):
-            client.call(stream, [*CALL, (":path", f"/{NAME}/Call")])
+            client.call(stream, [(":path", f"/{NAME}/Call"), *CALL])
         client.send(frame(RST_STREAM, 0, 1, struct.pack(">I", 8)))  # as the two calls, before the event loop reads
         async with asyncio.timeout(60):
             while len(server._under_way) != 1 or len(released) != 1:

@@ -352,9 +352,11 @@ class Connection(asyncio.Protocol):
         """Writes `data` soon, with other frames: a system call takes 5 us. Not with too many, or clients wait."""
         self._out.append(data)
         self._pending += len(data)
+        if self._is_reading:
+            return
         if len(self._out) >= _WRITE_FRAMES:
             self._flush()
-        elif not (self._is_reading or self._is_flushing):
+        elif not self._is_flushing:
             self._is_flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
 
