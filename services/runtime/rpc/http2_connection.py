@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, cast
 from urllib.parse import quote
 
 import grpc
-from mypy_extensions import i64
+from mypy_extensions import i64  # compiled: fields of frames and counts of bytes
 
 from services.runtime import faults
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
