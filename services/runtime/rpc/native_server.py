@@ -250,8 +250,8 @@ class NativeServer:
             answer = end.value
         except Exception as error:
             answer = failure(faults.reported(log, "a fast path failed", error))
-        except asyncio.CancelledError as error:
-            answer = failure(faults.internal(log, "a fast path was cancelled", error))
+        except asyncio.CancelledError as cancelled:
+            answer = failure(faults.internal(log, "a fast path was cancelled", cancelled))
         else:
             self._suspended.append((coroutine, stream, deadline))
             return
