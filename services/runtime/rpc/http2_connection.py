@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, cast
 from urllib.parse import quote
 
 import grpc
-from mypy_extensions import i64
+from mypy_extensions import i64  # compiled: windows have 32 bits, and no count of bytes reaches 63
 
 from services.runtime import faults
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
@@ -379,8 +379,8 @@ class Connection(asyncio.Protocol):
             self._relieve()
         except ProtocolError as error:
             self._fail(error.code, str(error))
-        except HeaderError as error:
-            self._fail(COMPRESSION_ERROR, str(error))
+        except HeaderError as wrong:
+            self._fail(COMPRESSION_ERROR, str(wrong))
         except Exception:
             log.exception("a connection failed")
             self._fail(INTERNAL_ERROR, "internal error")

@@ -250,8 +250,8 @@ class NativeServer:
             answer = end.value
         except Exception as error:
             answer = failure(faults.reported(log, "a fast path failed", error))
-        except asyncio.CancelledError as error:
-            answer = failure(faults.internal(log, "a fast path was cancelled", error))
+        except asyncio.CancelledError as cancelled:
+            answer = failure(faults.internal(log, "a fast path was cancelled", cancelled))
         else:
             self._suspended.append((coroutine, stream, deadline))
             return
@@ -389,8 +389,8 @@ class NativeServer:
             raise
         except grpc.aio.AbortError:
             pass
-        except RingmeshError as error:
-            self._refuse(stream, error.code, error.message, status_details(error))
+        except RingmeshError as refused:
+            self._refuse(stream, refused.code, refused.message, status_details(refused))
             return
         except Exception as error:
             self._refuse_as_fault(stream, error)
