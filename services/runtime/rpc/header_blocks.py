@@ -30,6 +30,8 @@ _MAX_SHIFT: Final = 28
 # Decoded strings that are kept, and the longest.
 _KEPT_STRINGS: Final = 256
 _KEPT_BYTES: Final = 256
+# Huffman's code has up to 30 bits for a byte.
+_MOST_EXPANDED: Final = 4
 
 
 class HeaderError(Exception):
@@ -42,6 +44,8 @@ class HeaderDecoder:
 
     def __init__(self, limit: int) -> None:
         self._limit: i64 = limit
+        # A longer string has more bytes than the table even if it is compressed: its length is all that counts.
+        self._longest: i64 = max(limit, _MOST_EXPANDED * TABLE_BYTES)
         # The oldest entry first.
         self._table: list[Field] = []
         self._table_bytes: i64 = 0
@@ -67,7 +71,7 @@ class HeaderDecoder:
                 field = self._literal(block, 6)
                 self._add(field)
             elif first & _TABLE_SIZE:
-                if fields:
+                if size:
                     raise HeaderError("the size of the table changes within a block")
                 self._resize(self._integer(block, 5))
                 continue
@@ -120,8 +124,7 @@ class HeaderDecoder:
             raise HeaderError("a string is cut off")
         text = block[self._at : end]
         self._at = end
-        # A string beyond the limit is not kept, nor is it an entry of the table: its length is all that counts.
-        if not is_huffman or len(text) > self._limit:
+        if not is_huffman or len(text) > self._longest:
             return text
         known = self._strings.get(text)
         if known is not None:

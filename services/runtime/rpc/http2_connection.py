@@ -9,6 +9,7 @@ from __future__ import annotations  # compiled by mypyc
 import asyncio
 import logging
 import struct
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import grpc
 from mypy_extensions import i64
 
 from services.runtime import faults
-from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError, RingmeshError
+from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.rpc.header_blocks import HeaderDecoder, HeaderError
 from services.runtime.rpc.request_head import ANSWER, HEADERS, NOT_GRPC, RequestHead, failed
@@ -75,15 +76,22 @@ _CONNECTION_STEP: Final = 1 << 29
 _FRAME_BYTES: Final = 65_536
 # The socket's queue above which no more data of streams is added.
 _WRITE_BYTES: Final = 1 << 20
-# The same for frames that answer frames: a client that sends these and reads nothing is cut.
+# The same for what is not data of streams: a client that asks for it and reads nothing is cut.
 _MOST_WRITE_BYTES: Final = 16 << 20
 # Encoded bytes and frames of one header block, and the metadata beyond the limit that one connection may send, as a
 # multiple of that limit.
 _BLOCK_BYTES: Final = 2 << 20
 _BLOCK_FRAMES: Final = 256
 _EXCESS: Final = 256
-# Requests whose headers are remembered.
+# Requests whose headers are remembered, and the longest encoded ones.
 _KEPT_HEADS: Final = 64
+_KEPT_HEAD_BYTES: Final = 4096
+# Of an unknown method, in the message that says so.
+_PATH_LETTERS: Final = 200
+# Of one frame: each may change the window of every stream.
+_MOST_SETTINGS: Final = 32
+# Parts of a message that are shorter are joined as they come: an object takes more than its few bytes.
+_SMALL_PART: Final = 1024
 # How long a connection that ends may take to send what it has left.
 _CLOSE_SECONDS: Final = 5.0
 
@@ -139,17 +147,19 @@ class Server(Protocol):
 class Messages:
     """The messages of a request stream, for one reader."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, limit: int) -> None:
         self._stream = stream
-        self._messages: deque[bytes] = deque()
-        # Bytes of messages that nobody has read.
+        self._limit = limit
+        # Each with whether it is compressed: it expands when it is read.
+        self._messages: deque[tuple[bytes, bool]] = deque()
+        # Bytes of messages that nobody has read, as they were received.
         self.bytes = 0
         self._is_ended = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def add(self, message: bytes) -> None:
+    def add(self, message: bytes, *, is_compressed: bool) -> None:
         self.bytes += len(message) + _PREFIX_BYTES
-        self._messages.append(message)
+        self._messages.append((message, is_compressed))
         self._wake()
 
     def end(self) -> None:
@@ -164,14 +174,17 @@ class Messages:
         return self
 
     async def __anext__(self) -> bytes:
+        """Raises RingmeshError if the message cannot be expanded."""
         while not self._messages:
             if self._is_ended:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        message = self._messages.popleft()
+        message, is_compressed = self._messages.popleft()
         self.bytes -= len(message) + _PREFIX_BYTES
         self._stream.connection.grant(self._stream)
+        if is_compressed:
+            return await asyncio.get_running_loop().run_in_executor(None, inflated, message, self._limit)
         return message
 
 
@@ -182,6 +195,8 @@ class Stream:
         self.connection = connection
         self.number = number
         self.head = head
+        # In time.monotonic; it counts from the headers. None: none.
+        self.deadline: float | None = None if head.timeout is None else time.monotonic() + head.timeout
         # Called if the client leaves. None: the call has not begun.
         self.cancel: Callable[[], object] | None = None
         # Whether no more is sent or received on it.
@@ -236,6 +251,8 @@ class Connection(asyncio.Protocol):
         self._stream_window: i64 = _DEFAULT_WINDOW
         self._frame_size: i64 = _DEFAULT_FRAME
         self._out: list[bytes] = []
+        # Bytes of `_out`.
+        self._pending: i64 = 0
         # Whether `_out` is written at the end of the current chunk, or by a callback.
         self._is_reading = False
         self._is_flushing = False
@@ -272,6 +289,7 @@ class Connection(asyncio.Protocol):
         for stream in list(self._streams.values()):
             self._close(stream, is_cancelled=True)
         self._out.clear()
+        self._pending = 0
         self._server.lost(self)
 
     def pause_writing(self) -> None:
@@ -285,7 +303,7 @@ class Connection(asyncio.Protocol):
     def unsent(self) -> int:
         """Bytes that the client has not taken."""
         transport = self._transport
-        return self._unsent + (0 if transport is None else transport.get_write_buffer_size())
+        return self._unsent + self._pending + (0 if transport is None else transport.get_write_buffer_size())
 
     @property
     def sent(self) -> int:
@@ -325,6 +343,7 @@ class Connection(asyncio.Protocol):
     def _write(self, data: bytes) -> None:
         """Writes `data` with all else that is written before the event loop waits: a system call takes 5 us."""
         self._out.append(data)
+        self._pending += len(data)
         if not (self._is_reading or self._is_flushing):
             self._is_flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
@@ -334,9 +353,16 @@ class Connection(asyncio.Protocol):
         if self._out:
             data = b"".join(self._out)
             self._out.clear()
+            self._pending = 0
             if self._transport is not None and not self._transport.is_closing():
                 self._written += len(data)
                 self._transport.write(data)
+
+    def _relieve(self) -> None:
+        """Writes, and raises ProtocolError if too much that was written before is not read."""
+        self._flush()
+        if self._transport is not None and self._transport.get_write_buffer_size() > _MOST_WRITE_BYTES:
+            raise ProtocolError(ENHANCE_YOUR_CALM, "nothing that was sent is read")
 
     # Frames.
 
@@ -346,6 +372,7 @@ class Connection(asyncio.Protocol):
         self._is_reading = True
         try:
             self._take_chunk(data)
+            self._relieve()
         except ProtocolError as error:
             self._fail(error.code, str(error))
         except HeaderError as invalid:
@@ -403,6 +430,8 @@ class Connection(asyncio.Protocol):
             else:
                 self._take_other(kind, data[at:end], flags, number)
             at = end
+            if self._pending > _WRITE_BYTES:
+                self._relieve()
         if at < size:
             self._rest = data[at:]
 
@@ -421,24 +450,20 @@ class Connection(asyncio.Protocol):
             if number or len(payload) != 8:
                 raise ProtocolError(FRAME_SIZE_ERROR if not number else PROTOCOL_ERROR, "a ping that is not valid")
             if not flags & _ACK:
-                self._reply(_frame(_PING, _ACK, 0, payload))
+                self._write(_frame(_PING, _ACK, 0, payload))
         elif kind == _PUSH_PROMISE:
             raise ProtocolError(PROTOCOL_ERROR, "a client does not push")
 
-    def _reply(self, frame: bytes) -> None:
-        """Writes a frame that a frame of the client calls for."""
-        self._write(frame)
-        if self._transport is not None and self._transport.get_write_buffer_size() > _MOST_WRITE_BYTES:
-            raise ProtocolError(ENHANCE_YOUR_CALM, "nothing that was sent is read")
-
     def _reset(self, number: i64, code: int) -> None:
-        self._reply(_frame(_RST_STREAM, 0, number, _NUMBER.pack(code)))
+        self._write(_frame(_RST_STREAM, 0, number, _NUMBER.pack(code)))
 
     def _take_settings(self, payload: bytes, flags: i64, number: i64) -> None:
         if number or (flags & _ACK and payload) or len(payload) % 6:
             raise ProtocolError(PROTOCOL_ERROR if number else FRAME_SIZE_ERROR, "settings that are not valid")
         if flags & _ACK:
             return
+        if len(payload) > 6 * _MOST_SETTINGS:
+            raise ProtocolError(ENHANCE_YOUR_CALM, f"more than {_MOST_SETTINGS} settings in a frame")
         for identifier, value in struct.iter_unpack(">HI", payload):
             if identifier == _INITIAL_WINDOW_SIZE:
                 if value > _MAX:
@@ -452,9 +477,11 @@ class Connection(asyncio.Protocol):
             elif identifier == _MAX_FRAME_SIZE:
                 if not _DEFAULT_FRAME <= value <= _LARGEST_FRAME:
                     raise ProtocolError(PROTOCOL_ERROR, f"frames of {value} bytes")
-                self._frame_size = value
-        self._reply(_frame(_SETTINGS, _ACK, 0, b""))
-        self._send_blocked()
+                # A frame is handed to the socket whole.
+                self._frame_size = min(value, _TURN_BYTES)
+        self._write(_frame(_SETTINGS, _ACK, 0, b""))
+        if self._blocked:
+            self._send_soon()
 
     def _take_room(self, payload: bytes, number: i64) -> None:
         if len(payload) != 4:
@@ -465,7 +492,7 @@ class Connection(asyncio.Protocol):
             if size == 0 or self._window > _MAX:
                 raise ProtocolError(FLOW_CONTROL_ERROR if size else PROTOCOL_ERROR, "a window update that is not valid")
             if self._blocked:
-                self._send_blocked()
+                self._send_soon()
             return
         stream = self._find(number)
         if stream is None:
@@ -475,7 +502,7 @@ class Connection(asyncio.Protocol):
             self._reset(number, FLOW_CONTROL_ERROR if size else PROTOCOL_ERROR)
             self._close(stream, is_cancelled=True)
         elif number in self._blocked:
-            self._send(stream)
+            self._send_soon()
 
     def _take_reset(self, payload: bytes, number: i64) -> None:
         if len(payload) != 4:
@@ -534,8 +561,8 @@ class Connection(asyncio.Protocol):
                 self._end_request(stream)
             return
         if number <= self._last_number:
-            if flags & _END_STREAM and not head.path:
-                return  # trailers, of a call that has ended meanwhile
+            if not head.path:
+                return  # trailers of a request that was answered before they came
             raise ProtocolError(PROTOCOL_ERROR, f"stream {number} comes after stream {self._last_number}")
         self._last_number = number
         if head.is_malformed:
@@ -553,10 +580,10 @@ class Connection(asyncio.Protocol):
         elif head.code is not grpc.StatusCode.OK:
             self.fail(stream, head.code, head.message)
         elif head.method is None:
-            self.fail(stream, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {head.path}")
+            self.fail(stream, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {head.path[:_PATH_LETTERS]}")
         else:
             if head.method.takes_stream:
-                stream.messages = Messages(stream)
+                stream.messages = Messages(stream, self._server.max_message_bytes)
                 self._server.begin(stream, b"")
             if stream.is_received and not stream.is_closed:
                 self._end_request(stream)
@@ -580,7 +607,8 @@ class Connection(asyncio.Protocol):
             if self._heads_of != before or len(self._heads) >= _KEPT_HEADS:
                 self._heads.clear()
                 self._heads_of = before
-            self._heads[block] = head
+            if len(block) <= _KEPT_HEAD_BYTES:
+                self._heads[block] = head
         return head
 
     def _take_data(self, data: bytes, at: i64, end: i64, flags: i64, number: i64) -> None:
@@ -608,14 +636,17 @@ class Connection(asyncio.Protocol):
             end -= data[at]
             at += 1
         is_last = flags & _END_STREAM != 0
-        if is_last and stream.size == 0 and not stream.has_message and stream.messages is None:
-            # As most requests come: in one frame.
-            if end - at >= _PREFIX_BYTES and data[at] == 0 and not stream.is_closed:
-                length: i64 = (data[at + 1] << 24) | (data[at + 2] << 16) | (data[at + 3] << 8) | data[at + 4]
-                if at + _PREFIX_BYTES + length == end and length <= self._server.max_message_bytes:
-                    stream.is_received = True
-                    self._server.begin(stream, data[at + _PREFIX_BYTES : end])
-                    return
+        if stream.trailers is not None:
+            # The answer is complete and waits for room: nothing more is read.
+            stream.is_received = is_last
+            return
+        # As most requests come: in one frame.
+        if is_last and stream.size == 0 and stream.messages is None and end - at >= _PREFIX_BYTES and data[at] == 0:
+            length: i64 = (data[at + 1] << 24) | (data[at + 2] << 16) | (data[at + 3] << 8) | data[at + 4]
+            if at + _PREFIX_BYTES + length == end and length <= self._server.max_message_bytes:
+                stream.is_received = True
+                self._server.begin(stream, data[at + _PREFIX_BYTES : end])
+                return
         self._add_data(stream, data, at, end)
         if is_last and not stream.is_closed:
             self._end_request(stream)
@@ -624,15 +655,22 @@ class Connection(asyncio.Protocol):
 
     def _add_data(self, stream: Stream, data: bytes, at: i64, end: i64) -> None:
         """Adds a part of the request's body, and handles the messages that are complete by it."""
-        while at < end and not stream.is_closed:
+        while at < end and not stream.is_closed and stream.trailers is None:
+            if stream.has_message and stream.messages is None:
+                self._refuse(stream, grpc.StatusCode.INTERNAL, "a second message; the method takes one")
+                return
             wanted: i64 = (_PREFIX_BYTES if stream.length < 0 else stream.length) - stream.size
             part = data[at : min(end, at + wanted)]
             at += len(part)
-            stream.parts.append(part)
+            parts = stream.parts
+            if parts and len(part) < _SMALL_PART and len(parts[-1]) < _SMALL_PART:
+                parts[-1] += part
+            else:
+                parts.append(part)
             stream.size += len(part)
             if stream.length < 0 and stream.size == _PREFIX_BYTES:
                 self._take_prefix(stream)
-            if stream.size == stream.length:
+            if stream.size == stream.length and not stream.is_closed:
                 self._complete(stream)
 
     def _take_prefix(self, stream: Stream) -> None:
@@ -645,8 +683,6 @@ class Connection(asyncio.Protocol):
             self._refuse(stream, grpc.StatusCode.INTERNAL, "a message is compressed, and no encoding is given")
         elif length > self._server.max_message_bytes:
             self._refuse_size(stream, length)
-        elif stream.has_message and stream.messages is None:
-            self._refuse(stream, grpc.StatusCode.INTERNAL, "a second message; the method takes one")
         elif stream.length - stream.size > stream.room:
             self.grant(stream)
 
@@ -666,16 +702,15 @@ class Connection(asyncio.Protocol):
         stream.has_message = True
         if stream.messages is None:
             return  # until the client has sent all
-        try:
-            stream.messages.add(self._message(stream))
-        except RingmeshError as error:
-            self._refuse(stream, error.code, error.message)
+        stream.messages.add(b"".join(stream.parts), is_compressed=stream.is_compressed)
         stream.parts = []
         stream.size = 0
         stream.length = -1
 
     def _end_request(self, stream: Stream) -> None:
         stream.is_received = True
+        if stream.trailers is not None:
+            return
         if stream.messages is not None:
             if stream.size:
                 self._refuse(stream, grpc.StatusCode.INTERNAL, "the stream ends within a message")
@@ -690,14 +725,14 @@ class Connection(asyncio.Protocol):
             self._server.begin(stream, b"".join(stream.parts))
 
     def _begin_late(self, stream: Stream, joining: asyncio.Future[bytes]) -> None:
-        if stream.is_closed:
-            return
         stream.parts = []
         try:
             message = joining.result()
         except Exception as error:
             refused = faults.reported(log, "a message could not be read", error)
             self.fail(stream, refused.code, refused.message)
+            return
+        if stream.is_closed:
             return
         self._server.begin(stream, message)
         self._server.turn_over()
@@ -709,11 +744,11 @@ class Connection(asyncio.Protocol):
 
     def grant(self, stream: Stream) -> None:
         """Gives the client room for what the reader of a stream has taken, and for the message that it has begun."""
-        if stream.is_closed or stream.is_received:
+        if stream.is_closed or stream.is_received or stream.trailers is not None:
             return
         held: i64 = 0 if stream.messages is None else stream.messages.bytes
         left: i64 = stream.length - stream.size if stream.length >= 0 else 0
-        more: i64 = max(_STREAM_WINDOW - held, left) - stream.room
+        more: i64 = min(max(_STREAM_WINDOW - held, left), _MAX) - stream.room
         if more >= _STREAM_WINDOW // 2 or (more > 0 and stream.room < left):
             stream.room += more
             self._write(_frame(_WINDOW_UPDATE, 0, stream.number, _NUMBER.pack(more)))
@@ -731,9 +766,10 @@ class Connection(asyncio.Protocol):
         framed: i64 = size + _PREFIX_BYTES
         if (
             framed <= self._frame_size
-            and len(trailers) <= self._frame_size
             and framed <= self._window
             and framed <= stream.window
+            and len(trailers) <= self._frame_size
+            and self._pending + framed <= _WRITE_BYTES
             and headers is ANSWER
             and not (stream.is_open or self._is_paused or self._blocked)
         ):
@@ -748,6 +784,7 @@ class Connection(asyncio.Protocol):
                 self._out.extend(body)
                 self._out.append(last)
                 self._out.append(trailers)
+                self._pending += framed
             else:
                 self._write(b"".join((first, *body, last, trailers)))
             self._finish(stream)
@@ -765,27 +802,14 @@ class Connection(asyncio.Protocol):
         if stream.is_open:
             self.end(stream, trailers)
         else:
-            self._write(self._header_frames(_END_STREAM, stream.number, HEADERS + trailers))
+            self._write(self._head_frames(_END_STREAM, stream.number, HEADERS + trailers))
             self._finish(stream)
 
     def open(self, stream: Stream, headers: bytes) -> None:
         """Sends the headers of an answer, unless they were sent."""
         if not (stream.is_open or stream.is_closed):
             stream.is_open = True
-            self._write(self._header_frames(0, stream.number, headers))
-
-    def _header_frames(self, flags: i64, number: i64, block: bytes) -> bytes:
-        """A header block, in as many frames as the client's limit asks for."""
-        most = self._frame_size
-        if len(block) <= most:
-            return _frame(_HEADERS, flags | _END_HEADERS, number, block)
-        frames = [_frame(_HEADERS, flags, number, block[:most])]
-        at: i64 = most
-        while at < len(block):
-            is_last = at + most >= len(block)
-            frames.append(_frame(_CONTINUATION, _END_HEADERS if is_last else 0, number, block[at : at + most]))
-            at += most
-        return b"".join(frames)
+            self._write(self._head_frames(0, stream.number, headers))
 
     def send(self, stream: Stream, message: bytes) -> None:
         """Sends a message of a streamed answer; `stream.unsent_bytes` says how much still waits."""
@@ -810,7 +834,7 @@ class Connection(asyncio.Protocol):
 
     def _queue(self, stream: Stream, body: Sequence[bytes], size: i64) -> None:
         stream.unsent.append(_PREFIX.pack(0, size))
-        stream.unsent.extend(body)
+        stream.unsent.extend([piece for piece in body if piece])
         stream.unsent_bytes += size + _PREFIX_BYTES
         self._unsent += size + _PREFIX_BYTES
         self._blocked[stream.number] = stream
@@ -821,17 +845,17 @@ class Connection(asyncio.Protocol):
         if transport is None or stream.is_closed:
             return
         if self._is_reading or self._is_paused:
-            # Also if only its trailers wait.
             self._blocked[stream.number] = stream
             self._send_soon()
             return
         out: list[bytes | memoryview] = []
-        room: i64 = min(_TURN_BYTES, _WRITE_BYTES - transport.get_write_buffer_size())
+        # A byte more than the socket's queue takes, so that it says when there is room again.
+        room: i64 = min(_TURN_BYTES, _WRITE_BYTES + 1 - transport.get_write_buffer_size())
         sent: i64 = 0
         while stream.unsent:
             piece = stream.unsent[0]
             size: i64 = min(len(piece), self._window, stream.window, self._frame_size)
-            if size <= 0 and len(piece) > 0:
+            if size <= 0:
                 break
             if sent >= room:
                 self._send_soon()
@@ -846,14 +870,13 @@ class Connection(asyncio.Protocol):
             self._window -= size
             stream.window -= size
             sent += size
-            if size > 0:
-                out.append(_FRAME_HEAD.pack(size >> 16, size & 0xFFFF, _DATA, 0, stream.number))
-                out.append(part)
+            out.append(_FRAME_HEAD.pack(size >> 16, size & 0xFFFF, _DATA, 0, stream.number))
+            out.append(part)
         stream.unsent_bytes -= sent
         self._unsent -= sent
         is_done = not stream.unsent and stream.trailers is not None
         if is_done and stream.trailers is not None:
-            out.append(self._header_frames(_END_STREAM, stream.number, stream.trailers))
+            out.append(self._head_frames(_END_STREAM, stream.number, stream.trailers))
         if out:
             self._out.append(b"".join(out))
             self._flush()
@@ -876,8 +899,23 @@ class Connection(asyncio.Protocol):
         for stream in list(self._blocked.values()):
             if self._is_paused:
                 return
+            # The end of an answer needs no window.
             if self._window > 0 or not stream.unsent:
                 self._send(stream)
+
+    def _head_frames(self, flags: int, number: i64, block: bytes) -> bytes:
+        """A header block in frames that the client takes."""
+        most: i64 = self._frame_size
+        size: i64 = len(block)
+        if size <= most:
+            return _frame(_HEADERS, flags | _END_HEADERS, number, block)
+        frames = [_frame(_HEADERS, flags, number, block[:most])]
+        at: i64 = most
+        while at < size:
+            end: i64 = min(at + most, size)
+            frames.append(_frame(_CONTINUATION, _END_HEADERS if end == size else 0, number, block[at:end]))
+            at = end
+        return b"".join(frames)
 
     def _finish(self, stream: Stream) -> None:
         """The answer is written. A client that has not sent all of its request may stop."""

@@ -160,11 +160,11 @@ class NativeServer:
             if cancel is not None:
                 cancel()
         end = time.monotonic() + _FLUSH_SECONDS
-        while any(connection.unsent for connection in self._connections) and time.monotonic() < end:
+        while any(connection.unsent for connection in self._connections) and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for connection in list(self._connections):
             connection.close()
-        while self._connections and time.monotonic() < end:
+        while self._connections and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for connection in list(self._connections):
             connection.abort()
@@ -242,7 +242,7 @@ class NativeServer:
         if self._draining:
             stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
             return
-        deadline = None if head.timeout is None else time.monotonic() + head.timeout
+        deadline = stream.deadline
         if method.path is None:
             self._start_task(stream, method, message, deadline)
             return
@@ -259,6 +259,8 @@ class NativeServer:
             answer = end.value
         except Exception as error:
             answer = failure(faults.reported(log, "a fast path failed", error))
+        except asyncio.CancelledError as cancelled:
+            answer = failure(faults.internal(log, "a fast path was cancelled", cancelled))
         else:
             self._suspended.append((coroutine, stream, deadline))
             return
@@ -271,7 +273,7 @@ class NativeServer:
             suspended, self._suspended = self._suspended, []
             for coroutine, stream, deadline in suspended:
                 if stream.is_closed or self._draining:
-                    coroutine.close()
+                    _close(coroutine)
                     stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
                     continue
                 driver = Driver(coroutine, partial(self._end, stream))
@@ -356,10 +358,7 @@ class NativeServer:
         task.add_done_callback(partial(self._task_done, stream, context, timer))
 
     def _expire(self, stream: Stream, task: asyncio.Task[None]) -> None:
-        if stream.unsent:
-            stream.connection.reset(stream, CANCEL)
-        else:
-            stream.connection.fail(stream, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer")
+        stream.connection.fail(stream, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer")
         task.cancel()
 
     def _task_done(
@@ -388,10 +387,11 @@ class NativeServer:
                 self._respond(stream, (body,), context.trailing_metadata(), context.initial)
                 return
         except asyncio.CancelledError:
-            # The client has left, or it did not read; if it is there, it has to know, unless it is told why.
-            if stream.trailers is not None:
-                pass
-            elif stream.is_open:
+            # The client has left, or it did not read; if it is there, it has to know. A status that waits is enough,
+            # unless it waits behind data.
+            if stream.is_open and stream.trailers is not None and not stream.unsent:
+                raise
+            if stream.is_open:
                 stream.connection.reset(stream, CANCEL)
             else:
                 stream.connection.fail(stream, grpc.StatusCode.CANCELLED, "the call was cancelled")
@@ -417,6 +417,13 @@ class NativeServer:
             stream.connection.end(stream, trailers(context.trailing_metadata()))
         else:
             stream.connection.end(stream, failed(code, context.details(), context.trailing_metadata()))
+
+
+def _close(coroutine: Coroutine[Any, Any, object]) -> None:
+    try:
+        coroutine.close()
+    except Exception as error:
+        faults.internal(log, "a fast path failed as it was closed", error)
 
 
 def _do_afterwards(callback: Callable[[], None] | None) -> None:

@@ -22,6 +22,7 @@ _MAX_DIGITS: Final = 8
 _FORBIDDEN: Final = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
 _NAME: Final = re.compile(r"[0-9a-z_.-]+")
 _NAME_RECEIVED: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
+_VALUE_REFUSED: Final = re.compile(rb"[\0\r\n]")
 _CONTENT: Final = b"application/grpc"
 # Visible ASCII but %, which is the escape itself.
 _UNQUOTED: Final = "".join(chr(code) for code in range(0x20, 0x7F) if code != ord("%"))
@@ -66,13 +67,15 @@ def read_head(fields: Sequence[Field], size: int) -> RequestHead[Method]:
     head: RequestHead[Method] = RequestHead(size)
     metadata: list[tuple[str, str | bytes]] = []
     pseudo: dict[bytes, bytes] = {}
+    has_others = False
     for name, value in fields:
         if name.startswith(b":"):
-            if metadata or name in pseudo or name not in (b":method", b":scheme", b":path", b":authority"):
+            if has_others or name in pseudo or name not in (b":method", b":scheme", b":path", b":authority"):
                 head.is_malformed = True
             pseudo[name] = value
             continue
-        if name in _FORBIDDEN or _NAME_RECEIVED.fullmatch(name) is None or b"\n" in value or b"\0" in value:
+        has_others = True
+        if name in _FORBIDDEN or _NAME_RECEIVED.fullmatch(name) is None or _VALUE_REFUSED.search(value) is not None:
             head.is_malformed = True
         elif name == b"te":
             head.is_malformed = head.is_malformed or value != b"trailers"
