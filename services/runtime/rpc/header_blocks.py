@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 from hpack.exceptions import HPACKError
 from hpack.huffman_table import decode_huffman
 from hpack.table import HeaderTable
-from mypy_extensions import i64
+from mypy_extensions import i64  # compiled: numbers have up to 36 bits, see _MAX_SHIFT
 
 Field: TypeAlias = "tuple[bytes, bytes]"
 # Of the dynamic table, in bytes, which a client may use until it is told otherwise.

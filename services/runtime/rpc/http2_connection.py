@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, cast
 from urllib.parse import quote
 
 import grpc
-from mypy_extensions import i64
+from mypy_extensions import i64  # compiled: windows have 32 bits, and no count of bytes reaches 63
 
 from services.runtime import faults
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
@@ -290,6 +290,10 @@ class Connection(asyncio.Protocol):
             self._close(stream, is_cancelled=True)
         self._out.clear()
         self._pending = 0
+        # A call that goes on for a while keeps its connection.
+        self._rest = b""
+        self._block.clear()
+        self._heads.clear()
         self._server.lost(self)
 
     def pause_writing(self) -> None:
@@ -375,8 +379,8 @@ class Connection(asyncio.Protocol):
             self._relieve()
         except ProtocolError as error:
             self._fail(error.code, str(error))
-        except HeaderError as invalid:
-            self._fail(COMPRESSION_ERROR, str(invalid))
+        except HeaderError as wrong:
+            self._fail(COMPRESSION_ERROR, str(wrong))
         except Exception:
             log.exception("a connection failed")
             self._fail(INTERNAL_ERROR, "internal error")
@@ -464,21 +468,23 @@ class Connection(asyncio.Protocol):
             return
         if len(payload) > 6 * _MOST_SETTINGS:
             raise ProtocolError(ENHANCE_YOUR_CALM, f"more than {_MOST_SETTINGS} settings in a frame")
+        before: i64 = self._stream_window
         for identifier, value in struct.iter_unpack(">HI", payload):
             if identifier == _INITIAL_WINDOW_SIZE:
                 if value > _MAX:
                     raise ProtocolError(FLOW_CONTROL_ERROR, f"a window of {value} bytes")
-                more: i64 = value - self._stream_window
                 self._stream_window = value
-                for stream in self._streams.values():
-                    stream.window += more
-                    if stream.window > _MAX:
-                        raise ProtocolError(FLOW_CONTROL_ERROR, "a window over 2 GiB")
             elif identifier == _MAX_FRAME_SIZE:
                 if not _DEFAULT_FRAME <= value <= _LARGEST_FRAME:
                     raise ProtocolError(PROTOCOL_ERROR, f"frames of {value} bytes")
                 # A frame is handed to the socket whole.
                 self._frame_size = min(value, _TURN_BYTES)
+        more: i64 = self._stream_window - before
+        if more != 0:
+            for stream in self._streams.values():
+                stream.window += more
+                if stream.window > _MAX:
+                    raise ProtocolError(FLOW_CONTROL_ERROR, "a window over 2 GiB")
         self._write(_frame(_SETTINGS, _ACK, 0, b""))
         if self._blocked:
             self._send_soon()
@@ -491,7 +497,7 @@ class Connection(asyncio.Protocol):
             self._window += size
             if size == 0 or self._window > _MAX:
                 raise ProtocolError(FLOW_CONTROL_ERROR if size else PROTOCOL_ERROR, "a window update that is not valid")
-            if self._blocked:
+            if self._window - size <= 0 and self._blocked:
                 self._send_soon()
             return
         stream = self._find(number)
@@ -900,7 +906,7 @@ class Connection(asyncio.Protocol):
             if self._is_paused:
                 return
             # The end of an answer needs no window.
-            if self._window > 0 or not stream.unsent:
+            if not stream.unsent or (self._window > 0 and stream.window > 0):
                 self._send(stream)
 
     def _head_frames(self, flags: int, number: i64, block: bytes) -> bytes:

@@ -76,6 +76,21 @@ async def trailing(data, metadata, deadline):
     return Answer(data, [("x-a", FAILED)])
 
 
+async def stubborn(data, metadata, deadline):
+    try:
+        await ON_LOOP
+    finally:
+        await ON_LOOP
+    return Answer(data, ())
+
+
+async def cancelled(data, metadata, deadline):
+    raise asyncio.CancelledError
+
+
+FAST_PATHS = (echo, late, fail, trailing, due, stubborn, cancelled)
+
+
 async def task(data, context):
     await asyncio.sleep(0)
     return data
@@ -150,9 +165,9 @@ class Client:
     not there) and the code of a reset. It asserts that the server keeps to its windows and frames."""
 
     def __init__(self, *pairs):
-        self.server = NativeServer({f"/t.T/{f.__name__.title()}": f for f in (echo, late, fail, trailing, due)}, LIMIT)
+        self.server = NativeServer({f"/t.T/{f.__name__.title()}": f for f in FAST_PATHS}, LIMIT)
         unary = grpc.unary_unary_rpc_method_handler
-        handlers = {name: unary(task) for name in ("Echo", "Late", "Task", "Fail", "Trailing", "Due")}
+        handlers = {f.__name__.title(): unary(task) for f in (*FAST_PATHS, task)}
         handlers["Chat"] = grpc.stream_stream_rpc_method_handler(chat)
         handlers["Never"] = grpc.stream_stream_rpc_method_handler(never)
         self.server.add_registered_method_handlers("t.T", handlers)
@@ -439,6 +454,81 @@ async def test_the_end_of_an_answer_needs_no_window():
     assert client.status == {1: 0, 3: 0}
 
 
+@pytest.mark.parametrize("opened", ["connection", "stream", "settings"])
+async def test_an_answer_goes_on_when_what_held_it_up_is_gone(opened):
+    client = await connected((4, 10 if opened != "connection" else 1 << 20))
+    if opened != "connection":
+        client.grant(0, 1 << 20)
+    client.send(call(1, "Task", bytes(60_000)) + call(3, "Task", bytes(60_000)))
+    await client.turns()
+    assert len(client.status) < 2
+    if opened == "connection":
+        client.grant(0, 60_000)
+    elif opened == "stream":
+        client.grant(1, 60_000)
+        client.grant(3, 60_000)
+    else:
+        client.resize(1 << 20)
+    await client.turns()
+    assert client.status == {1: 0, 3: 0}
+
+
+async def test_a_long_answer_goes_on_by_itself():
+    client = await connected((4, 1 << 24))
+    client.grant(0, 1 << 24)
+    client.send(frame(HEADERS, END_HEADERS, 1, head("Task")))
+    body = message(bytes(1_000_000))
+    for at in range(0, len(body), 50_000):
+        client.send(frame(DATA, 0, 1, body[at : at + 50_000]))
+    client.send(frame(DATA, END_STREAM, 1))
+    await client.turns(20)
+    assert client.answers[1] == body
+    assert client.status == {1: 0}
+
+
+@pytest.mark.parametrize("padding", [0, 255])
+@pytest.mark.parametrize(("method", "size"), [("Task", 3_000_000), ("Chat", 3_000_000), ("Chat", 100_000)])
+async def test_a_client_that_keeps_to_its_windows_can_send_all(method, size, padding):
+    client = await connected((4, 1 << 30))
+    client.grant(0, 1 << 30)
+    client.send(frame(HEADERS, END_HEADERS, 1, head(method)))
+    body = message(bytes(size)) * (3_000_000 // size)
+    room, at = 1 << 20, 0
+    while at < len(body):
+        part = body[at : at + min(30_000, room - padding - 1)]
+        assert part, "no room"
+        room -= len(part) + padding + 1
+        client.send(frame(DATA, PADDED, 1, bytes([padding]) + part + bytes(padding)))
+        at += len(part)
+        await client.turns(3)
+        room += client.granted.pop(1, 0)
+    client.send(frame(DATA, END_STREAM, 1))
+    async with asyncio.timeout(60):
+        while client.connection._streams:
+            await asyncio.sleep(0.001)
+    await client.turns()
+    assert client.answers[1] == body
+    client.assert_nothing_is_held()
+
+
+async def test_a_client_has_room_again_when_its_messages_are_read():
+    """The method waits for its first answer to be taken, and reads no more meanwhile."""
+    client = await connected((4, 10))
+    client.send(frame(HEADERS, END_HEADERS, 1, head("Chat")))
+    part = frame(DATA, 0, 1, message(bytes(60_000)))
+    for _ in range(17):
+        client.send(part)
+    await client.turns()
+    assert client.granted.get(1, 0) < 300_000
+    client.grant(0, 1 << 24)
+    client.grant(1, 1 << 24)
+    await client.turns(40)
+    assert client.granted[1] > 500_000
+    client.send(frame(DATA, END_STREAM, 1))
+    await client.turns()
+    assert client.status == {1: 0}
+
+
 async def test_a_client_that_reads_no_refusals_is_cut():
     """One chunk after the other, and all in one."""
     for size in (1, 1000):
@@ -453,13 +543,15 @@ async def test_a_client_that_reads_no_refusals_is_cut():
         assert client.transport.most < 20 << 20
 
 
-async def test_what_one_chunk_asks_for_is_not_all_made_at_once():
-    """Thousands of answers to one chunk, each as large as the client's windows let it be."""
+@pytest.mark.parametrize("method", ["Echo", "Late"])
+async def test_what_one_chunk_asks_for_is_not_all_made_at_once(method):
+    """Hundreds of answers to one chunk, each as large as the client's windows let it be."""
     client = await connected((4, 2**31 - 1), (5, 2**24 - 1))
     client.grant(0, 2**31 - 1 - 65_535)
     client.transport.hold()
     body = bytes(60_000)
-    client.send(b"".join(call(number, "Echo", body) for number in range(1, 401, 2)))
+    client.send(b"".join(call(number, method, body) for number in range(1, 401, 2)))
+    await client.turns()
     assert client.transport.most < 4 << 20
     for _ in range(30):
         client.transport.release()
@@ -594,3 +686,28 @@ async def test_a_deadline_counts_from_the_headers():
     client.send(frame(DATA, END_STREAM, 1, message(b"")))
     client.read()
     assert float(client.answers[1][5:]) <= latest
+
+
+async def test_a_call_that_does_not_let_itself_be_closed_holds_up_no_other():
+    client = await connected()
+    left = call(1, "Stubborn") + frame(RST_STREAM, 0, 1, struct.pack(">I", 8))
+    client.send(left + call(3, "Late", b"a"))
+    await client.turns()
+    assert client.status == {3: 0}
+    client.assert_nothing_is_held()
+
+
+async def test_a_call_that_is_cancelled_as_it_begins_ends_alone():
+    client = await connected()
+    client.send(call(1, "Cancelled") + call(3, "Echo", b"a"))
+    client.read()
+    assert client.status == {1: 13, 3: 0}
+    client.assert_nothing_is_held()
+
+
+async def test_a_connection_that_is_lost_holds_no_part_of_a_request():
+    client = await connected()
+    client.send(call(1, "Echo", b"a") + frame(HEADERS, 0, 3, head("Echo")) + frame(CONTINUATION, 0, 3, b"x")[:-1])
+    await client.leave()
+    connection = client.connection
+    assert (connection._rest, connection._block, connection._heads) == (b"", [], {})
