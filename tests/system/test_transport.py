@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import grpc
 import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.driver import ON_LOOP
@@ -418,6 +419,26 @@ def test_a_host_is_served_at_those_of_its_addresses_that_this_machine_has(monkey
     del found[1]
     with pytest.raises(RuntimeError, match="Cannot assign requested address"):
         NativeServer({}, MAX_MESSAGE_BYTES).add_insecure_port("name:0")
+
+
+@pytest.mark.parametrize("kind", list(Engine))
+def test_channelz_names_the_server_and_its_connections(kind):
+    serving = Serving(kind)
+    try:
+        with grpc.insecure_channel(serving.address) as channel:
+            stub = channelz_pb2_grpc.ChannelzStub(channel)
+            servers = stub.GetServers(channelz_pb2.GetServersRequest(), timeout=60).server
+            number = servers[-1].ref.server_id
+            assert (
+                stub.GetServer(channelz_pb2.GetServerRequest(server_id=number), timeout=60).server.ref.server_id
+                == number
+            )
+            ask = channelz_pb2.GetServerSocketsRequest(server_id=number)
+            assert len(stub.GetServerSockets(ask, timeout=60).socket_ref) == 1
+            code, _ = refusal(stub.GetServer, channelz_pb2.GetServerRequest(server_id=number + 1000))
+            assert code is grpc.StatusCode.NOT_FOUND
+    finally:
+        serving.close()
 
 
 LONG = "é" * 9_000

@@ -103,7 +103,9 @@ class NativeServer:
         self._path: tuple[str, os.stat_result] | None = None
         self._servers: list[asyncio.Server] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._connections: set[Connection] = set()
+        # With the numbers by which channelz calls them.
+        self._connections: dict[Connection, int] = {}
+        self._opened = 0
         # By connection: when it began, and the share of a greatest age by which its own is longer.
         self._began: dict[Connection, tuple[float, float]] = {}
         self._draining = False
@@ -201,6 +203,10 @@ class NativeServer:
     async def are_open(self) -> bool:
         return bool(self._connections)
 
+    def numbered(self) -> list[tuple[int, str]]:
+        """Each connection's number, which no other has had, and its client as gRPC names it."""
+        return [(number, connection.peer) for connection, number in self._connections.items()]
+
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
         """Yields the remote address of each TCP connection, and the bytes that the kernel has taken for it."""
         for connection in list(self._connections):
@@ -222,12 +228,13 @@ class NativeServer:
     # As http2_connection.Server.
 
     def opened(self, connection: Connection) -> None:
-        self._connections.add(connection)
+        self._opened += 1
+        self._connections[connection] = self._opened
         # Randomized, so that connections that began together do not end together.
         self._began[connection] = time.monotonic(), random.uniform(0, _AGE_SPREAD)
 
     def lost(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
         self._began.pop(connection, None)
 
     def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[_Method]:
