@@ -9,11 +9,13 @@ from contextlib import suppress
 
 import grpc
 import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.driver import ON_LOOP
 from services.runtime.oip import protocol
 from services.runtime.rpc import backlog, server
+from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer, Failure
 from services.runtime.rpc.server import Engine, Server
 from tests.system import raw_http2
@@ -55,24 +57,24 @@ def changed(name, value):
 class Serving:
     """A server on an event loop of its own, whose ModelInfer answers with what it is sent."""
 
-    def __init__(self, engine, answer=lambda data: Answer(data, ()), handlers=None, **options):
+    def __init__(self, engine, answer=lambda data: Answer(data, ()), handlers=None, address="127.0.0.1:0", **options):
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.server, self.port = self._run(self._start(engine, answer, handlers or {}, options))
+        self.server, self.port = self._run(self._start(engine, answer, handlers or {}, address, options))
         self.address = f"127.0.0.1:{self.port}"
 
     def _run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
 
-    async def _start(self, engine, answer, handlers, options):
+    async def _start(self, engine, answer, handlers, address, options):
         async def infer(data, metadata, deadline):
             made = answer(data)
             return await made if asyncio.iscoroutine(made) else made
 
         service = protocol.service(lambda: True, handlers, {"ModelInfer": infer})
         limits = {"max_message_bytes": MAX_MESSAGE_BYTES, "max_connection_age": 3600}
-        made = Server(engine, "127.0.0.1:0", [service], **limits, **options)
+        made = Server(engine, address, [service], **limits, **options)
         port = await made.start()
         made.set_serving(True)
         return made, port
@@ -389,6 +391,54 @@ def test_trailers_of_a_request_that_was_refused_meanwhile_are_no_fault(serving):
         client.headers(1, [("x", "y")], END_HEADERS | END_STREAM)
         client.call(3, CALL)
         assert client.outcome(3) == OK
+
+
+def test_a_unix_socket_goes_with_its_server_and_not_with_the_one_before(tmp_path):
+    path = tmp_path / "socket"
+    first = Serving(Engine.NATIVE, address=f"unix:{path}")
+    path.rename(tmp_path / "old")  # as if it were of a process that is gone
+    second = Serving(Engine.NATIVE, address=f"unix:{path}")
+    first.close()
+    try:
+        with grpc.insecure_channel(f"unix:{path}") as channel:
+            assert channel.unary_unary(INFER)(b"x", timeout=60) == b"x"
+    finally:
+        second.close()
+    assert not path.exists()
+
+
+def test_a_host_is_served_at_those_of_its_addresses_that_this_machine_has(monkeypatch):
+    # 192.0.2.1 is of no machine, as ::1 is where IPv6 is off.
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("192.0.2.1", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    server = NativeServer({}, MAX_MESSAGE_BYTES)
+    port = server.add_insecure_port("name:0")
+    with socket.socket() as client:
+        client.connect(("127.0.0.1", port))
+    asyncio.run(server.stop_listening())
+    del found[1]
+    with pytest.raises(RuntimeError, match="Cannot assign requested address"):
+        NativeServer({}, MAX_MESSAGE_BYTES).add_insecure_port("name:0")
+
+
+@pytest.mark.parametrize("kind", list(Engine))
+def test_channelz_names_the_server_and_its_connections(kind):
+    serving = Serving(kind)
+    try:
+        with grpc.insecure_channel(serving.address) as channel:
+            stub = channelz_pb2_grpc.ChannelzStub(channel)
+            servers = stub.GetServers(channelz_pb2.GetServersRequest(), timeout=60).server
+            number = servers[-1].ref.server_id
+            assert (
+                stub.GetServer(channelz_pb2.GetServerRequest(server_id=number), timeout=60).server.ref.server_id
+                == number
+            )
+            ask = channelz_pb2.GetServerSocketsRequest(server_id=number)
+            assert len(stub.GetServerSockets(ask, timeout=60).socket_ref) == 1
+            code, _ = refusal(stub.GetServer, channelz_pb2.GetServerRequest(server_id=number + 1000))
+            assert code is grpc.StatusCode.NOT_FOUND
+    finally:
+        serving.close()
 
 
 LONG = "é" * 9_000

@@ -7,6 +7,7 @@ the same chunk; the rest continue when those answers have been written. All othe
 from __future__ import annotations  # compiled by mypyc
 
 import asyncio
+import errno
 import logging
 import os
 import random
@@ -54,6 +55,8 @@ _AFTERWARDS_SECONDS: Final = 0.02
 _FLUSH_SECONDS: Final = 1.0
 # A client that is silent for the first time is probed so often; it is gone if it does not answer the probes.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+# Of an address that this host does not have, such as ::1 where IPv6 is off.
+_NOT_OURS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 # A call that waits: its coroutine, and its deadline in time.monotonic.
 _Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], Stream, float | None]"
 
@@ -96,9 +99,13 @@ class NativeServer:
         self._guards = guards
         self._methods: dict[str, _Method] = {}
         self._sockets: list[socket.socket] = []
+        # Of a Unix socket, with what tells it from one that another process has put there since.
+        self._path: tuple[str, os.stat_result] | None = None
         self._servers: list[asyncio.Server] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._connections: set[Connection] = set()
+        # With the numbers by which channelz calls them.
+        self._connections: dict[Connection, int] = {}
+        self._opened = 0
         # By connection: when it began, and the share of a greatest age by which its own is longer.
         self._began: dict[Connection, tuple[float, float]] = {}
         self._draining = False
@@ -126,10 +133,12 @@ class NativeServer:
         """Binds host:port or unix:path, and returns the port. Raises RuntimeError if that is not possible."""
         try:
             if address.startswith("unix:"):
-                self._sockets = [_bind_unix(address.removeprefix("unix:").removeprefix("//"))]
+                path = address.removeprefix("unix:").removeprefix("//")
+                self._sockets = [_bind_unix(path)]
+                self._path = path, os.stat(path)  # noqa: PTH116
                 return 1
             self._sockets = _bind(address, share_port=self._share_port)
-        except (OSError, ValueError) as error:
+        except (OSError, OverflowError, ValueError) as error:
             raise RuntimeError(f"cannot bind {address}: {error}") from error
         port: int = self._sockets[0].getsockname()[1]
         return port
@@ -175,11 +184,13 @@ class NativeServer:
             server.close()
         self._servers.clear()
         for listening in self._sockets:
-            if listening.family == socket.AF_UNIX:
-                with suppress(OSError):
-                    os.unlink(listening.getsockname())  # noqa: PTH108 - a name of the socket, not a path of ours
             listening.close()
         self._sockets.clear()
+        if self._path is not None:
+            (path, made), self._path = self._path, None
+            with suppress(OSError):
+                if os.path.samestat(made, os.stat(path)):  # noqa: PTH116
+                    os.unlink(path)  # noqa: PTH108
 
     async def release(self, now: float, older_than: float = 0.0) -> bool:
         """Asks clients of connections that are `older_than` seconds old to leave; always True."""
@@ -191,6 +202,10 @@ class NativeServer:
 
     async def are_open(self) -> bool:
         return bool(self._connections)
+
+    def numbered(self) -> list[tuple[int, str]]:
+        """Each connection's number, which no other has had, and its client as gRPC names it."""
+        return [(number, connection.peer) for connection, number in self._connections.items()]
 
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
         """Yields the remote address of each TCP connection, and the bytes that the kernel has taken for it."""
@@ -213,12 +228,13 @@ class NativeServer:
     # As http2_connection.Server.
 
     def opened(self, connection: Connection) -> None:
-        self._connections.add(connection)
+        self._opened += 1
+        self._connections[connection] = self._opened
         # Randomized, so that connections that began together do not end together.
         self._began[connection] = time.monotonic(), random.uniform(0, _AGE_SPREAD)
 
     def lost(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
         self._began.pop(connection, None)
 
     def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[_Method]:
@@ -349,10 +365,7 @@ class NativeServer:
         task.add_done_callback(partial(self._task_done, stream, context, timer))
 
     def _expire(self, stream: Stream, task: asyncio.Task[None]) -> None:
-        if stream.unsent:
-            stream.connection.reset(stream, CANCEL)
-        else:
-            stream.connection.fail(stream, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer")
+        stream.connection.fail(stream, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer")
         task.cancel()
 
     def _task_done(
@@ -442,30 +455,46 @@ def _bind_unix(path: str) -> socket.socket:
 
 
 def _bind(address: str, *, share_port: bool) -> list[socket.socket]:
-    """Binds all addresses of a host, to the same port. Raises OSError and ValueError."""
+    """Binds all addresses of a host that this machine has, to the same port. Raises OSError, OverflowError and
+    ValueError."""
     host, _, port_text = address.rpartition(":")
     host = host.strip("[]")
     port = int(port_text)
     bound: list[socket.socket] = []
+    lacking: OSError | None = None
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    try:
-        for family, _, _, _, place in dict.fromkeys(found):
-            one = socket.socket(family, socket.SOCK_STREAM)
-            bound.append(one)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if share_port:
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in _KEEPALIVE:
-                one.setsockopt(socket.IPPROTO_TCP, option, value)
-            if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
-            one.bind((place[0], port, *place[2:]))
-            port = one.getsockname()[1]
-            # Taken by another process only now: without SO_REUSEPORT two may bind, and one listen.
-            one.listen(socket.SOMAXCONN)
-    except OSError:
-        for one in bound:
-            one.close()
-        raise
+    for family, _, _, _, place in dict.fromkeys(found):
+        try:
+            one = _listen(family, (place[0], port, *place[2:]), is_dual=host == "::", share_port=share_port)
+        except OSError as error:
+            if error.errno in _NOT_OURS:
+                lacking = error
+                continue
+            for other in bound:
+                other.close()
+            raise
+        bound.append(one)
+        port = one.getsockname()[1]
+    if lacking is not None and not bound:
+        raise lacking
     return bound
+
+
+def _listen(family: int, place: tuple[Any, ...], *, is_dual: bool, share_port: bool) -> socket.socket:
+    one = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share_port:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            one.setsockopt(socket.IPPROTO_TCP, option, value)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not is_dual))
+        one.bind(place)
+        # Taken by another process only now: without SO_REUSEPORT two may bind, and one listen.
+        one.listen(socket.SOMAXCONN)
+    except OSError:
+        one.close()
+        raise
+    return one

@@ -20,6 +20,7 @@ from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog, MeasuredConn
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.connections import Connections
 from services.runtime.rpc.health import Health
+from services.runtime.rpc.native_channelz import NativeChannelz
 from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Context, Handler, Service, abort
 from services.runtime.rpc.tls import TlsFiles
@@ -137,9 +138,10 @@ class _Registered:
         """Does nothing: the same handlers once more."""
 
 
-def _channelz() -> dict[str, dict[str, Handler]]:
+def _channelz(server: NativeServer | grpc.aio.Server, address: str) -> dict[str, dict[str, Handler]]:
     registered = _Registered()
-    channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), registered)
+    servicer = NativeChannelz(server, address) if isinstance(server, NativeServer) else channelz.aio.ChannelzServicer()
+    channelz_pb2_grpc.add_ChannelzServicer_to_server(servicer, registered)
     return registered.handlers
 
 
@@ -229,7 +231,7 @@ class Server:
         for service in services:
             counted = self.calls.counted(access.protect(service))
             self._register(service.name, {name: self._bounded(_read_in_time(made)) for name, made in counted.items()})
-        others = _channelz()
+        others = _channelz(server, self._address)
         others |= reflection.handlers([*(service.name for service in services), *others])
         for name, handlers in others.items():
             guarded = {method: access.guarded(f"{name}/{method}", made) for method, made in handlers.items()}
