@@ -260,7 +260,7 @@ class Client:
         self.transport.close()
         await self.turns()
         self.assert_nothing_is_held()
-        assert (self.server._connections, self.server._began) == (set(), {})
+        assert (self.server._connections, self.server._began) == ({}, {})
 
 
 async def connected(*pairs):
@@ -358,7 +358,9 @@ async def _conversation(plan, first, frame_size, sizes, steps, chance):
 async def _step(client, step, chance, count):
     client.read()
     connection, number = client.connection, 2 * chance.randrange(count) + 1
-    is_between_frames = connection._has_begun and not connection._rest and not connection._block_number
+    is_between_frames = (
+        connection._has_begun and not connection._rest and not connection._part_left and not connection._block_number
+    )
     if step == "pause":
         client.transport.pause()
     elif step == "release":
