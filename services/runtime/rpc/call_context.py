@@ -1,4 +1,7 @@
-"""What a handler of the native engine knows of its call, and may do with it: as grpc.aio's ServicerContext."""
+"""Calls of the native engine that run in a task: their handler, and what it knows of its call and may do with it.
+
+Not compiled: mypyc loses a reference where an exception is thrown into `async with` or `async for`.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,51 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, NoReturn
+from contextlib import aclosing
+from typing import Any, NoReturn, Protocol
 
 import grpc
 
-from services.runtime.rpc.http2_connection import Stream
-from services.runtime.rpc.request_head import headers
-from services.runtime.rpc.rpc import Metadata
+from services.runtime.errors import RingmeshError
+from services.runtime.rpc.access import Guard
+from services.runtime.rpc.http2_connection import CANCEL, Stream
+from services.runtime.rpc.request_head import failed, headers, trailers
+from services.runtime.rpc.rpc import FastPath, Handler, Metadata, status_details
 
 log = logging.getLogger(__name__)
 
 # What may wait of a streamed answer before more of it is made.
 _UNSENT_BYTES = 64 << 10
+
+
+class Method:
+    """What is at a path: a handler, its fast path and the guard of that."""
+
+    def __init__(self, handler: Handler, path: FastPath | None, guard: Guard | None) -> None:
+        parts: Any = handler
+        self.path = path
+        self.guard = guard
+        self.takes_stream: bool = parts.request_streaming
+        self.is_streamed: bool = parts.response_streaming
+        kinds = (parts.unary_unary, parts.unary_stream, parts.stream_stream)
+        self.answer: Any = next(answer for answer in kinds if answer is not None)
+        self.deserialize: Any = parts.request_deserializer
+        self.serialize: Any = parts.response_serializer
+
+
+class Answering(Protocol):
+    """How a server answers."""
+
+    def respond(
+        self, stream: Stream, body: tuple[bytes, ...], trailing: Metadata, initial: Metadata | None = None
+    ) -> None:
+        """Answers with one message, in pieces."""
+
+    def refuse(self, stream: Stream, code: grpc.StatusCode, message: str, trailing: Metadata) -> None:
+        """Ends a call with a status."""
+
+    def refuse_as_fault(self, stream: Stream, error: Exception) -> None:
+        """Ends a call because of an error that nobody expected."""
 
 
 class CallContext:
@@ -127,7 +163,56 @@ class CallContext:
                 log.exception("a callback at the end of a call failed")
 
 
-async def deserialized(messages: AsyncIterator[bytes], deserialize: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-    """Yields the messages of a request stream."""
+async def run(answering: Answering, stream: Stream, method: Method, message: bytes, context: CallContext) -> None:
+    """Runs the handler of a call and answers it."""
+    try:
+        request: Any = stream.messages
+        if request is None:
+            request = message if method.deserialize is None else method.deserialize(message)
+        elif method.deserialize is not None:
+            request = _deserialized(request, method.deserialize)
+        if method.is_streamed:
+            await _run_stream(stream, method, request, context)
+            return
+        response = await method.answer(request, context)
+        body: bytes = response if method.serialize is None else method.serialize(response)
+        if context.code() in (None, grpc.StatusCode.OK):
+            answering.respond(stream, (body,), context.trailing_metadata(), context.initial)
+            return
+    except asyncio.CancelledError:
+        # The client has left, or it did not read; if it is there, it has to know. A status that waits is enough,
+        # unless it waits behind data.
+        if stream.is_open and stream.trailers is not None and not stream.unsent:
+            raise
+        if stream.is_open:
+            stream.connection.reset(stream, CANCEL)
+        else:
+            stream.connection.fail(stream, grpc.StatusCode.CANCELLED, "the call was cancelled")
+        raise
+    except grpc.aio.AbortError:
+        pass
+    except RingmeshError as error:
+        answering.refuse(stream, error.code, error.message, status_details(error))
+        return
+    except Exception as error:
+        answering.refuse_as_fault(stream, error)
+        return
+    answering.refuse(stream, context.code() or grpc.StatusCode.UNKNOWN, context.details(), context.trailing_metadata())
+
+
+async def _run_stream(stream: Stream, method: Method, request: Any, context: CallContext) -> None:
+    async with aclosing(method.answer(request, context)) as responses:
+        async for response in responses:
+            if stream.is_closed:
+                return
+            await context.write(response if method.serialize is None else method.serialize(response))
+    code = context.code()
+    if code is None or code is grpc.StatusCode.OK:
+        stream.connection.end(stream, trailers(context.trailing_metadata()))
+    else:
+        stream.connection.end(stream, failed(code, context.details(), context.trailing_metadata()))
+
+
+async def _deserialized(messages: AsyncIterator[bytes], deserialize: Callable[[bytes], Any]) -> AsyncIterator[Any]:
     async for message in messages:
         yield deserialize(message)

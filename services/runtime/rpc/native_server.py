@@ -16,7 +16,7 @@ import stat
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -24,12 +24,11 @@ import grpc
 
 from services.runtime import faults
 from services.runtime.driver import Driver
-from services.runtime.errors import RingmeshError
 from services.runtime.rpc.access import Guard
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Address, Backlog, parse_peer
-from services.runtime.rpc.call_context import CallContext, deserialized
-from services.runtime.rpc.http2_connection import CANCEL, Connection, Stream
-from services.runtime.rpc.request_head import ANSWER, RequestHead, failed, headers, read_head, trailers
+from services.runtime.rpc.call_context import CallContext, Method, run
+from services.runtime.rpc.http2_connection import Connection, Stream
+from services.runtime.rpc.request_head import ANSWER, RequestHead, headers, read_head, trailers
 from services.runtime.rpc.rpc import (
     MAX_METADATA_BYTES,
     Answer,
@@ -61,21 +60,6 @@ _NOT_OURS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], Stream, float | None]"
 
 
-class _Method:
-    """What is at a path. `answer` takes a request and a context, and returns a response or responses."""
-
-    def __init__(self, handler: Handler, path: FastPath | None, guard: Guard | None) -> None:
-        parts: Any = handler
-        self.path = path
-        self.guard = guard
-        self.takes_stream: bool = parts.request_streaming
-        self.is_streamed: bool = parts.response_streaming
-        kinds = (parts.unary_unary, parts.unary_stream, parts.stream_stream)
-        self.answer: Any = next(answer for answer in kinds if answer is not None)
-        self.deserialize: Any = parts.request_deserializer
-        self.serialize: Any = parts.response_serializer
-
-
 class NativeServer:
     """Like grpc.aio.Server, for one address without TLS. `connections` are the open ones."""
 
@@ -97,7 +81,7 @@ class NativeServer:
         self._share_port = share_port
         self._paths = paths
         self._guards = guards
-        self._methods: dict[str, _Method] = {}
+        self._methods: dict[str, Method] = {}
         self._sockets: list[socket.socket] = []
         # Of a Unix socket, with what tells it from one that another process has put there since.
         self._path: tuple[str, os.stat_result] | None = None
@@ -124,7 +108,7 @@ class NativeServer:
     def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Handler]) -> None:
         for name, handler in method_handlers.items():
             path = f"/{service_name}/{name}"
-            self._methods[path] = _Method(handler, self._paths.get(path), self._guards.get(path))
+            self._methods[path] = Method(handler, self._paths.get(path), self._guards.get(path))
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: object) -> None:
         """Does nothing: grpcio takes the same handlers once more."""
@@ -237,13 +221,13 @@ class NativeServer:
         self._connections.pop(connection, None)
         self._began.pop(connection, None)
 
-    def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[_Method]:
-        head: RequestHead[_Method] = read_head(fields, size)
+    def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[Method]:
+        head: RequestHead[Method] = read_head(fields, size)
         head.method = self._methods.get(head.path)
         return head
 
     def begin(self, stream: Stream, message: bytes) -> None:
-        head: RequestHead[_Method] = stream.head
+        head: RequestHead[Method] = stream.head
         method = head.method
         assert method is not None
         if self._draining:
@@ -321,42 +305,42 @@ class NativeServer:
         if stream.is_closed:
             return
         if isinstance(answer, Answer):
-            self._respond(stream, (answer.body, *answer.pieces), answer.trailing)
+            self.respond(stream, (answer.body, *answer.pieces), answer.trailing)
         else:
-            self._refuse(stream, answer.code, answer.message, answer.trailing)
+            self.refuse(stream, answer.code, answer.message, answer.trailing)
 
-    def _respond(
+    def respond(
         self, stream: Stream, body: tuple[bytes, ...], trailing: Metadata, initial: Metadata | None = None
     ) -> None:
         connection, backlog = stream.connection, self.backlog
         size = sum([len(piece) for piece in body])
         if not backlog.admit(connection.peer, size):
             refused = backlog.refusal()
-            self._refuse(stream, refused.code, refused.message, status_details(refused))
+            self.refuse(stream, refused.code, refused.message, status_details(refused))
             return
         self._handed += size
         try:
             connection.respond(stream, body, headers(initial) if initial else ANSWER, trailers(trailing))
         except Exception as error:
-            self._refuse_as_fault(stream, error)
+            self.refuse_as_fault(stream, error)
 
-    def _refuse(self, stream: Stream, code: grpc.StatusCode, message: str, trailing: Metadata) -> None:
+    def refuse(self, stream: Stream, code: grpc.StatusCode, message: str, trailing: Metadata) -> None:
         try:
             stream.connection.fail(stream, code, message, trailing)
         except Exception as error:
-            self._refuse_as_fault(stream, error)
+            self.refuse_as_fault(stream, error)
 
-    def _refuse_as_fault(self, stream: Stream, error: Exception) -> None:
+    def refuse_as_fault(self, stream: Stream, error: Exception) -> None:
         """Ends a call whose answer cannot be sent, such as one with metadata that gRPC does not allow."""
         fault = faults.internal(log, "an answer could not be sent", error)
         stream.connection.fail(stream, fault.code, fault.message)
 
     # Calls that run in a task.
 
-    def _start_task(self, stream: Stream, method: _Method, message: bytes, deadline: float | None) -> None:
+    def _start_task(self, stream: Stream, method: Method, message: bytes, deadline: float | None) -> None:
         loop = asyncio.get_running_loop()
         context = CallContext(stream, deadline)
-        task = loop.create_task(self._run(stream, method, message, context))
+        task = loop.create_task(run(self, stream, method, message, context))
         stream.cancel = task.cancel
         self._under_way.add(stream)
         timer = None
@@ -375,55 +359,8 @@ class NativeServer:
             timer.cancel()
         self._ended(stream)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._refuse_as_fault(stream, error if isinstance(error, Exception) else RuntimeError(str(error)))
+            self.refuse_as_fault(stream, error if isinstance(error, Exception) else RuntimeError(str(error)))
         context.finish()
-
-    async def _run(self, stream: Stream, method: _Method, message: bytes, context: CallContext) -> None:
-        try:
-            request: Any = stream.messages
-            if request is None:
-                request = message if method.deserialize is None else method.deserialize(message)
-            elif method.deserialize is not None:
-                request = deserialized(request, method.deserialize)
-            if method.is_streamed:
-                await self._run_stream(stream, method, request, context)
-                return
-            response = await method.answer(request, context)
-            body: bytes = response if method.serialize is None else method.serialize(response)
-            if context.code() in (None, grpc.StatusCode.OK):
-                self._respond(stream, (body,), context.trailing_metadata(), context.initial)
-                return
-        except asyncio.CancelledError:
-            # The client has left, or it did not read; if it is there, it has to know. A status that waits is enough,
-            # unless it waits behind data.
-            if stream.is_open and stream.trailers is not None and not stream.unsent:
-                raise
-            if stream.is_open:
-                stream.connection.reset(stream, CANCEL)
-            else:
-                stream.connection.fail(stream, grpc.StatusCode.CANCELLED, "the call was cancelled")
-            raise
-        except grpc.aio.AbortError:
-            pass
-        except RingmeshError as refused:
-            self._refuse(stream, refused.code, refused.message, status_details(refused))
-            return
-        except Exception as error:
-            self._refuse_as_fault(stream, error)
-            return
-        self._refuse(stream, context.code() or grpc.StatusCode.UNKNOWN, context.details(), context.trailing_metadata())
-
-    async def _run_stream(self, stream: Stream, method: _Method, request: Any, context: CallContext) -> None:
-        async with aclosing(method.answer(request, context)) as responses:
-            async for response in responses:
-                if stream.is_closed:
-                    return
-                await context.write(response if method.serialize is None else method.serialize(response))
-        code = context.code()
-        if code is None or code is grpc.StatusCode.OK:
-            stream.connection.end(stream, trailers(context.trailing_metadata()))
-        else:
-            stream.connection.end(stream, failed(code, context.details(), context.trailing_metadata()))
 
 
 def _close(coroutine: Coroutine[Any, Any, object]) -> None:
