@@ -163,6 +163,10 @@ class Finder(ast.NodeVisitor):
                 self._add(awaited, "`await` in `finally`: what is raised after it may be what another handles")
         self._visit_cleaned_up(node, node.finalbody)
 
+    def visit_AsyncFor(self, node: ast.AsyncFor) -> None:
+        self._add(node, "`async for`: a cancellation within it can crash the process once compiled")
+        self.generic_visit(node)
+
     def visit_With(self, node: ast.With) -> None:
         self._visit_cleaned_up(node, node.items)
 

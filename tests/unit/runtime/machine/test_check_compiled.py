@@ -100,6 +100,10 @@ def generator(lock: object):
 def attributes(entry: Entry) -> dict[str, object]:
     return entry.__dict__  # found: __dict__
 
+async def reads(messages: "asyncio.StreamReader") -> None:
+    async for _ in messages:  # found: async for
+        pass
+
 if __name__ == "__main__":  # found: never
     frames()
 """
