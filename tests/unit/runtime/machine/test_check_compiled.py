@@ -15,6 +15,7 @@ SOURCE = """
 import copy  # found: copy
 import json
 import weakref  # found: weakref
+from collections.abc import AsyncIterator
 from mypy_extensions import i64  # found: overflows
 
 class Entry:
@@ -100,7 +101,7 @@ def generator(lock: object):
 def attributes(entry: Entry) -> dict[str, object]:
     return entry.__dict__  # found: __dict__
 
-async def reads(messages: "asyncio.StreamReader") -> None:
+async def reads(messages: AsyncIterator[bytes]) -> None:
     async for _ in messages:  # found: async for
         pass
 
