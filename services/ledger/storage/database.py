@@ -75,8 +75,7 @@ class Database:
         return self._reports is not None
 
     async def open(self) -> None:
-        """Connects and migrates. Raises OSError, asyncpg's errors, UnavailableError and MigrationError: then it may be
-        tried again.
+        """Connects and migrates. Raises OSError, asyncpg's errors and MigrationError: then it may be tried again.
 
         Raises StartError where trying again cannot help.
         """
@@ -156,14 +155,21 @@ async def _transaction(pool: asyncpg.Pool | None, longest_seconds: float, **opti
     if pool is None:
         raise UnavailableError("the ledger's database is not up yet", kind="database")
     with _mapped_errors():
-        async with asyncio.timeout(_CONNECT_SECONDS) as wait, pool.acquire() as connection:
-            wait.reschedule(None)
-            late = asyncio.get_running_loop().call_later(longest_seconds, _give_up, connection, longest_seconds)
-            try:
-                async with connection.transaction(**options):
-                    yield connection
-            finally:
-                late.cancel()
+        async with _bounded_transaction(pool, longest_seconds, **options) as connection:
+            yield connection
+
+
+@asynccontextmanager
+async def _bounded_transaction(pool: asyncpg.Pool, longest_seconds: float, **options: Any) -> AsyncIterator[Connection]:
+    """Raises asyncpg's errors."""
+    async with asyncio.timeout(_CONNECT_SECONDS) as wait, pool.acquire() as connection:
+        wait.reschedule(None)
+        late = asyncio.get_running_loop().call_later(longest_seconds, _give_up, connection, longest_seconds)
+        try:
+            async with connection.transaction(**options):
+                yield connection
+        finally:
+            late.cancel()
 
 
 def _give_up(connection: Connection, seconds: float) -> None:
@@ -193,10 +199,10 @@ def _mapped_errors() -> Iterator[None]:
 
 async def _bring_schema(pool: asyncpg.Pool, url: str) -> None:
     """Migrates where that is needed, while no other ledger writes or migrates."""
-    async with _transaction(pool, LONGEST_SECONDS) as connection:
+    async with _bounded_transaction(pool, LONGEST_SECONDS) as connection:
         if await _is_ours(connection):
             return
-    async with _transaction(pool, _LONGEST_MIGRATION_SECONDS) as connection:
+    async with _bounded_transaction(pool, _LONGEST_MIGRATION_SECONDS) as connection:
         async with asyncio.timeout(_LONGEST_MIGRATION_SECONDS):
             await connection.execute(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
             # Another ledger may have migrated meanwhile.
