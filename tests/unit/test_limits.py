@@ -229,7 +229,7 @@ LIMITS = {
     ),
     "bytes of a request in shared memory": ("1 GiB", shared_memory.MAX_REQUEST_BYTES, check_shared_bytes),
     # Tested elsewhere: on connections, or with files.
-    "concurrent calls on a connection": ("1,024", server._MAX_STREAMS, None),
+    "concurrent calls on a connection": ("1,024", server.MAX_STREAMS, None),
     "regions of shared memory": ("1,024", shared_memory.MAX_REGIONS, None),
     "a file of labels": ("16 MiB", repository._MAX_LABEL_BYTES, None),
     "a form of the console": ("2 MiB", form._MAX_BYTES, None),

@@ -16,14 +16,11 @@ import grpc
 
 from services.runtime.errors import RingmeshError
 from services.runtime.rpc.access import Guard
-from services.runtime.rpc.http2_connection import CANCEL, Stream
+from services.runtime.rpc.http2_connection import CANCEL, UNSENT_BYTES, Stream
 from services.runtime.rpc.request_head import failed, headers, trailers
 from services.runtime.rpc.rpc import FastPath, Handler, Metadata, status_details
 
 log = logging.getLogger(__name__)
-
-# What may wait of a streamed answer before more of it is made.
-_UNSENT_BYTES = 64 << 10
 
 
 class Method:
@@ -59,9 +56,8 @@ class Answering(Protocol):
 class CallContext:
     """One call, with the methods of grpc.aio.ServicerContext."""
 
-    def __init__(self, stream: Stream, deadline: float | None) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._deadline = deadline
         self._code: grpc.StatusCode | None = None
         self._details = ""
         self._trailing: Metadata = ()
@@ -78,7 +74,7 @@ class CallContext:
         """Sends a message, when the client has taken most of those before."""
         stream = self._stream
         stream.connection.send(stream, message)
-        while stream.unsent_bytes > _UNSENT_BYTES:
+        while stream.unsent_bytes > UNSENT_BYTES:
             stream.drained = asyncio.get_running_loop().create_future()
             await stream.drained
 
@@ -139,7 +135,8 @@ class CallContext:
         return {}
 
     def time_remaining(self) -> float | None:
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        deadline = self._stream.deadline
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     def cancelled(self) -> bool:
         return self._stream.is_closed and not self._is_done

@@ -78,10 +78,10 @@ _FRAME_BYTES: Final = 65_536
 _PART_BYTES: Final = 4096
 # The socket's queue above which no more data of streams is added.
 _WRITE_BYTES: Final = 1 << 20
-# Frames that leave in one write.
-_WRITE_FRAMES: Final = 8
 # The same for what is not data of streams: a client that asks for it and reads nothing is cut.
 _MOST_WRITE_BYTES: Final = 16 << 20
+# Frames that leave in one write.
+_WRITE_FRAMES: Final = 8
 # Encoded bytes and frames of one header block, and the metadata beyond the limit that one connection may send, as a
 # multiple of that limit.
 _BLOCK_BYTES: Final = 2 << 20
@@ -101,7 +101,7 @@ _CLOSE_SECONDS: Final = 5.0
 
 # Of one stream, in one turn of the event loop; and what may wait of a streamed answer before more is made.
 _TURN_BYTES: Final = 256 << 10
-_UNSENT_BYTES: Final = 64 << 10
+UNSENT_BYTES: Final = 64 << 10
 
 _FRAME_HEAD: Final = struct.Struct(">BHBBI")
 _NUMBER: Final = struct.Struct(">I")
@@ -115,14 +115,6 @@ class ProtocolError(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
-
-
-class Kind(Protocol):
-    """What a connection has to know of a method."""
-
-    @property
-    def takes_stream(self) -> bool:
-        """Whether requests are streamed."""
 
 
 class Server(Protocol):
@@ -233,7 +225,7 @@ class Connection(asyncio.Protocol):
         self._server = server
         self._transport: asyncio.Transport | None = None
         self.peer = ""
-        # The start of a frame that is not complete. None: the client has not sent its preface yet.
+        # The start of a frame, or of the preface, that is not complete.
         self._rest: bytes = b""
         self._has_begun = False
         self._timer: asyncio.TimerHandle | None = None
@@ -917,7 +909,7 @@ class Connection(asyncio.Protocol):
         elif stream.unsent:
             # Behind the others.
             self._blocked[stream.number] = stream
-        if stream.unsent_bytes <= _UNSENT_BYTES:
+        if stream.unsent_bytes <= UNSENT_BYTES:
             _wake(stream)
 
     def _send_soon(self) -> None:

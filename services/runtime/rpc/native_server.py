@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 _NO_GUARDS: Final[Mapping[str, Guard | None]] = {}
 # Calls at once on one connection; clients queue further ones.
-_MAX_STREAMS: Final = 1024
+MAX_STREAMS: Final = 1024
 _BATCH: Final = 64
 _AGE_SPREAD: Final = 0.1
 # Delay of `afterwards` callbacks, to batch them.
@@ -56,12 +56,12 @@ _FLUSH_SECONDS: Final = 1.0
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 # Of an address that this host does not have, such as ::1 where IPv6 is off.
 _NOT_OURS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-# A call that waits: its coroutine, and its deadline in time.monotonic.
-_Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], Stream, float | None]"
+# A call that waits, and its coroutine.
+_Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], Stream]"
 
 
 class NativeServer:
-    """Like grpc.aio.Server, for one address without TLS. `connections` are the open ones."""
+    """Like grpc.aio.Server, for one address without TLS."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class NativeServer:
         """`guards`: checks of the callers of fast paths; they raise RingmeshError."""
         self.max_message_bytes = max_message_bytes
         self.max_metadata_bytes = max_metadata_bytes
-        self.max_streams = _MAX_STREAMS
+        self.max_streams = MAX_STREAMS
         self.backlog = Backlog(max_unread_bytes, self._ended_bytes)
         self._share_port = share_port
         self._paths = paths
@@ -233,9 +233,8 @@ class NativeServer:
         if self._draining:
             stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
             return
-        deadline = stream.deadline
         if method.path is None:
-            self._start_task(stream, method, message, deadline)
+            self._start_task(stream, method, message)
             return
         answer: Answer | Failure
         try:
@@ -244,7 +243,7 @@ class NativeServer:
                 check_metadata(head.metadata)
             if method.guard is not None:
                 method.guard(head.metadata, stream.connection.peer, message)
-            coroutine = method.path(message, head.metadata, deadline)
+            coroutine = method.path(message, head.metadata, stream.deadline)
             coroutine.send(None)
         except StopIteration as end:
             answer = end.value
@@ -253,7 +252,7 @@ class NativeServer:
         except asyncio.CancelledError as cancelled:
             answer = failure(faults.internal(log, "a fast path was cancelled", cancelled))
         else:
-            self._suspended.append((coroutine, stream, deadline))
+            self._suspended.append((coroutine, stream))
             return
         self._answer(stream, answer)
         if answer.afterwards is not None:
@@ -262,7 +261,7 @@ class NativeServer:
     def turn_over(self) -> None:
         if self._suspended:
             suspended, self._suspended = self._suspended, []
-            for coroutine, stream, deadline in suspended:
+            for coroutine, stream in suspended:
                 if stream.is_closed or self._draining:
                     _close(coroutine)
                     stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
@@ -270,7 +269,7 @@ class NativeServer:
                 driver = Driver(coroutine, partial(self._end, stream))
                 stream.cancel = driver.cancel
                 self._under_way.add(stream)
-                driver.start(deadline)
+                driver.start(stream.deadline)
         if self._afterwards and not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_later(_AFTERWARDS_SECONDS, self._do_afterwards)
@@ -337,14 +336,14 @@ class NativeServer:
 
     # Calls that run in a task.
 
-    def _start_task(self, stream: Stream, method: Method, message: bytes, deadline: float | None) -> None:
+    def _start_task(self, stream: Stream, method: Method, message: bytes) -> None:
         loop = asyncio.get_running_loop()
-        context = CallContext(stream, deadline)
+        context = CallContext(stream)
         task = loop.create_task(run(self, stream, method, message, context))
         stream.cancel = task.cancel
         self._under_way.add(stream)
         timer = None
-        if deadline is not None:
+        if (deadline := stream.deadline) is not None:
             timer = loop.call_later(max(0.0, deadline - time.monotonic()), self._expire, stream, task)
         task.add_done_callback(partial(self._task_done, stream, context, timer))
 

@@ -21,7 +21,7 @@ from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.connections import Connections
 from services.runtime.rpc.health import Health
 from services.runtime.rpc.native_channelz import NativeChannelz
-from services.runtime.rpc.native_server import NativeServer
+from services.runtime.rpc.native_server import MAX_STREAMS, NativeServer
 from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Context, Handler, Service, abort
 from services.runtime.rpc.tls import TlsFiles
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 _PING_MILLISECONDS = 5_000
 # Metadata that the engines read of a request; above MAX_METADATA_BYTES, Ringmesh refuses it with a clear message.
 _METADATA_READ = 4 * MAX_METADATA_BYTES
-_MAX_STREAMS = 1024
 _MAX_PENDING = 100_000
 _LOOK_SECONDS = 1.0
 # Bits of grpc_compression_algorithm: those that both engines have.
@@ -210,7 +209,7 @@ class Server:
             # Equal, because between the two limits grpcio refuses requests at random.
             ("grpc.max_metadata_size", _METADATA_READ),
             ("grpc.absolute_max_metadata_size", _METADATA_READ),
-            ("grpc.max_concurrent_streams", _MAX_STREAMS),
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
             # Beyond these, grpcio ends calls of anybody with CANCELLED.
             ("grpc.server.max_pending_requests", _MAX_PENDING),
             ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
