@@ -1,6 +1,6 @@
 """HPACK (RFC 7541): decodes the header blocks of one connection, and encodes without a table.
 
-The decoder of the library hpack takes 30 to 100 us for a block; this one takes 2 to 5 us and uses its static table and
+The decoder of the library hpack takes 33 us for a block with a new traceparent; this one takes 9 to 12 us and uses its static table and
 Huffman code.
 """
 
