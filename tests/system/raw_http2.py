@@ -6,10 +6,20 @@ from typing import NamedTuple
 
 import hpack
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-END_STREAM = ACK = 1
-END_HEADERS = 4
-INITIAL_WINDOW_SIZE = 4
+from services.runtime.rpc.http2_frames import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEADERS,
+    PING,
+    PREFACE,
+    RST_STREAM,
+    SETTINGS,
+)  # fmt: skip
+
 EMPTY = bytes(5)
 
 
@@ -38,7 +48,7 @@ class RawClient:
         # Of a frame's payload, in bytes.
         self.longest = 0
         payload = b"".join(struct.pack(">HI", *setting) for setting in settings)
-        self.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, payload))
+        self.send(PREFACE + frame(SETTINGS, 0, 0, payload))
 
     def __enter__(self):
         return self

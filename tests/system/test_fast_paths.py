@@ -11,9 +11,10 @@ import pytest
 from services.runtime.driver import ON_LOOP
 from services.runtime.errors import ResourceExhaustedError
 from services.runtime.oip.protocol import fast_path_handler
+from services.runtime.rpc.http2_frames import RST_STREAM
 from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import Answer
-from tests.system.raw_http2 import RST_STREAM, RawClient, frame
+from tests.system.raw_http2 import RawClient, frame
 
 NAME = "test.FastPaths"
 CALL = [

@@ -10,13 +10,10 @@ import grpc
 import pytest
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
-from tests.certificates import Ca
-from tests.system.conftest import RINGMESH
-from tests.system.processes import Started, free_address, kill, start
-from tests.system.raw_http2 import (
+from services.runtime.rpc.header_blocks import encode_field
+from services.runtime.rpc.http2_frames import (
     CONTINUATION,
     DATA,
-    EMPTY,
     END_HEADERS,
     END_STREAM,
     HEADERS,
@@ -24,9 +21,11 @@ from tests.system.raw_http2 import (
     PING,
     RST_STREAM,
     SETTINGS,
-    RawClient,
-    frame,
-)
+)  # fmt: skip
+from tests.certificates import Ca
+from tests.system.conftest import RINGMESH
+from tests.system.processes import Started, free_address, kill, start
+from tests.system.raw_http2 import EMPTY, RawClient, frame
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone, pytest.mark.both_engines]
 
@@ -50,25 +49,9 @@ def sent_in_parts(client, frames, count=100):
     client.send(b"".join(part))
 
 
-def literal(name, value):
-    """A header, neither indexed nor compressed."""
-    return b"\0" + hpack_string(name) + hpack_string(value)
-
-
-def hpack_string(text):
-    size = len(text)
-    if size < 127:
-        return bytes([size]) + text
-    out, size = bytearray([127]), size - 127
-    while size >= 128:
-        out.append(size % 128 + 128)
-        size //= 128
-    return bytes(out + bytes([size])) + text
-
-
 def block():
     """The headers of a call, the same bytes on each stream."""
-    return b"".join(literal(name.encode(), value.encode()) for name, value in METHOD)
+    return b"".join(encode_field(name.encode(), value.encode()) for name, value in METHOD)
 
 
 def rapid_reset(client):
@@ -77,7 +60,7 @@ def rapid_reset(client):
 
 def continuation_flood(client):
     client.send(frame(HEADERS, 0, 1, block()))
-    more = literal(b"x", bytes(16_000).replace(b"\0", b"y"))
+    more = encode_field(b"x", bytes(16_000).replace(b"\0", b"y"))
     sent_in_parts(client, (frame(CONTINUATION, 0, 1, more) for _ in range(20_000)), 10)
 
 
@@ -101,7 +84,7 @@ def empty_data(client):
 
 def hpack_bomb(client):
     """One entry of the table, named 4,000 times by a byte each: 16 MB of headers in 8 KB, on each of 1,000 streams."""
-    entry = b"\x40" + hpack_string(b"x") + hpack_string(b"y" * 4_000)
+    entry = b"\x40" + encode_field(b"x", b"y" * 4_000)[1:]
     client.send(frame(HEADERS, END_HEADERS | END_STREAM, 1, block() + entry))
     sent_in_parts(
         client,
@@ -118,7 +101,7 @@ def huge_metadata(client):
         client.send(frame(HEADERS, 0, number, block()))
         for place in range(64):
             last = END_HEADERS if place == 63 else 0
-            client.send(frame(CONTINUATION, last, number, literal(b"x%d" % place, b"y" * 16_000)))
+            client.send(frame(CONTINUATION, last, number, encode_field(b"x%d" % place, b"y" * 16_000)))
 
 
 def idle_streams(client):

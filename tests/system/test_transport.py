@@ -15,25 +15,25 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime.driver import ON_LOOP
 from services.runtime.oip import protocol
 from services.runtime.rpc import backlog, server
-from services.runtime.rpc.native_server import NativeServer
-from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer, Failure
-from services.runtime.rpc.server import Engine, Server
-from tests.system import raw_http2
-from tests.system.conftest import eventually
-from tests.system.raw_http2 import (
+from services.runtime.rpc.http2_frames import (
     ACK,
     CONTINUATION,
     DATA,
-    EMPTY,
     END_HEADERS,
     END_STREAM,
     GOAWAY,
     HEADERS,
+    INITIAL_WINDOW_SIZE,
+    PING,
     RST_STREAM,
     SETTINGS,
-    RawClient,
-    frame,
-)
+    WINDOW_UPDATE,
+)  # fmt: skip
+from services.runtime.rpc.native_server import NativeServer
+from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer, Failure
+from services.runtime.rpc.server import Engine, Server
+from tests.system.conftest import eventually
+from tests.system.raw_http2 import EMPTY, RawClient, frame
 
 MAX_MESSAGE_BYTES = 4 << 20
 INFER, LIVE, STREAM = (
@@ -173,7 +173,7 @@ def test_an_idle_client_may_ping_as_often_as_is_said(kind, monkeypatch):
         with RawClient(serving.port) as client:
             for _ in range(6):
                 threading.Event().wait(0.05)  # the rate is what is tested
-                assert client.ping().kind == raw_http2.PING
+                assert client.ping().kind == PING
             client.call(1, CALL)
             assert client.outcome(1) == OK
     finally:
@@ -305,7 +305,7 @@ def test_streams_that_are_half_open_hold_up_nobody(serving):
 @pytest.mark.parametrize(
     "flood",
     [
-        pytest.param(lambda _, number: frame(raw_http2.PING, 0, 0, struct.pack(">Q", number)), id="pings"),
+        pytest.param(lambda _, number: frame(PING, 0, 0, struct.pack(">Q", number)), id="pings"),
         pytest.param(lambda _, number: frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535 + number)), id="settings"),
         pytest.param(lambda _, number: frame(DATA, 0, 0), id="data without a stream"),
         pytest.param(lambda _, number: frame(CONTINUATION, 0, 1, b""), id="continuations"),
@@ -331,14 +331,14 @@ def test_a_flood_of_frames_harms_only_its_own_connection(serving, flood):
 
 
 def test_a_window_of_nothing_holds_up_its_own_answers_only(serving):
-    with RawClient(serving.port, [(raw_http2.INITIAL_WINDOW_SIZE, 0)]) as client:
+    with RawClient(serving.port, [(INITIAL_WINDOW_SIZE, 0)]) as client:
         for stream in range(1, 101, 2):
             client.call(stream, CALL, struct.pack(">BI", 0, 1000) + bytes(1000))
         client.until(lambda got: got.kind == HEADERS and got.stream == 99)
         assert is_well(serving)
         # What was held back arrives when there is room.
         for stream in range(1, 101, 2):
-            client.send(frame(raw_http2.WINDOW_UPDATE, 0, stream, struct.pack(">I", 10_000)))
+            client.send(frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", 10_000)))
         assert client.outcome(99) == OK
 
 
@@ -352,8 +352,8 @@ def test_a_stream_that_ends_while_the_client_reads_nothing_is_ended_when_it_read
     handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(echo_each)}
     serving = Serving(Engine.NATIVE, lambda _: Answer(bytes(size), ()), handlers=handlers)
     try:
-        with RawClient(serving.port, [(raw_http2.INITIAL_WINDOW_SIZE, 1 << 30)]) as client:
-            client.send(frame(raw_http2.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
+        with RawClient(serving.port, [(INITIAL_WINDOW_SIZE, 1 << 30)]) as client:
+            client.send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
             client.headers(1, changed(":path", STREAM))
             client.send(frame(DATA, 0, 1, EMPTY))
             client.until(lambda got: got.kind == DATA)
@@ -556,7 +556,7 @@ def test_answers_that_nobody_reads_are_bounded_and_their_connections_cut_while_o
     monkeypatch.setattr(server, "_LOOK_SECONDS", 0.1)
     limit, size = 32 << 20, 1 << 20
     serving = Serving(kind, lambda data: Answer(bytes(size) if data else b"", ()), max_unread_bytes=limit)
-    window = [(raw_http2.INITIAL_WINDOW_SIZE, 1)]
+    window = [(INITIAL_WINDOW_SIZE, 1)]
 
     def unread():
         return serving.counted("ringmesh_unread_response_bytes")

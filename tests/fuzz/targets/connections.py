@@ -12,6 +12,7 @@ from services.inference.api.envelope_socket import EnvelopeSocket, _EnvelopeConn
 from services.runtime.frames import ANSWER, CALL, FAILURE, PART
 from services.runtime.rpc.rpc import Answer
 from tests.fuzz.target import target
+from tests.system.raw_http2 import frame
 
 _LOOP = asyncio.new_event_loop()
 
@@ -65,13 +66,9 @@ def equal_in_pieces(make, data):
     return whole
 
 
-def _h2(kind, flags, stream, payload=b""):
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
 _HEADERS = hpack.Encoder().encode([(":status", "200"), ("grpc-status", "0")], huffman=False)
 _SETTINGS = struct.pack(">HIHI", 3, 1, 5, 16384)
-_ANSWERED = _h2(1, 4, 1, _HEADERS) + _h2(0, 0, 1, b"\0\0\0\0\2ok") + _h2(1, 5, 1, _HEADERS)
+_ANSWERED = frame(1, 4, 1, _HEADERS) + frame(0, 0, 1, b"\0\0\0\0\2ok") + frame(1, 5, 1, _HEADERS)
 
 
 def _client():
@@ -101,12 +98,15 @@ def _client():
 @target(
     "http2-client",
     [
-        _h2(4, 0, 0, _SETTINGS) + _h2(4, 1, 0) + _ANSWERED,
-        _h2(1, 0, 1, _HEADERS[:1])
-        + _h2(9, 4, 1, _HEADERS[1:])
-        + _h2(8, 0, 3, b"\0\0\xff\xff")
-        + _h2(3, 0, 3, bytes(4)),
-        _h2(6, 0, 0, bytes(8)) + _h2(7, 0, 0, bytes(8)) + _h2(0, 9, 1, b"\1x\0") + _h2(1, 0x2D, 1, b"\1" + bytes(5)),
+        frame(4, 0, 0, _SETTINGS) + frame(4, 1, 0) + _ANSWERED,
+        frame(1, 0, 1, _HEADERS[:1])
+        + frame(9, 4, 1, _HEADERS[1:])
+        + frame(8, 0, 3, b"\0\0\xff\xff")
+        + frame(3, 0, 3, bytes(4)),
+        frame(6, 0, 0, bytes(8))
+        + frame(7, 0, 0, bytes(8))
+        + frame(0, 9, 1, b"\1x\0")
+        + frame(1, 0x2D, 1, b"\1" + bytes(5)),
     ],
 )
 def http2_client(data):
