@@ -143,7 +143,7 @@ class Connection(asyncio.Protocol):
         """Cancels a request: resets its stream at the server. `on_end` is not called."""
         stream = self._remove(number)
         if stream is not None and stream.is_open:
-            self._write(h2.frame(h2.RST_STREAM, 0, number, h2.NUMBER.pack(h2.CANCEL)))
+            self._write(h2.reset(number, h2.CANCEL))
 
     def ping(self, acknowledged: Callable[[], None]) -> Callable[[], object]:
         """Sends a PING and calls `acknowledged` on its acknowledgement. Returns a function that stops the wait."""
@@ -210,7 +210,7 @@ class Connection(asyncio.Protocol):
     def _take_data(self, flags: int, number: int, payload: bytes) -> None:
         self._unacknowledged += len(payload)
         if self._unacknowledged > _OUR_WINDOW:
-            self._write(h2.frame(h2.WINDOW_UPDATE, 0, 0, h2.NUMBER.pack(self._unacknowledged)))
+            self._write(h2.window_update(0, self._unacknowledged))
             self._unacknowledged = 0
         stream = self._streams.get(number)
         if stream is None:  # it was cancelled
@@ -300,7 +300,7 @@ class Connection(asyncio.Protocol):
         stream = self._remove(number)
         assert stream is not None
         if stream.unsent:  # the server has answered without reading the whole body
-            self._write(h2.frame(h2.RST_STREAM, 0, number, h2.NUMBER.pack(h2.CANCEL)))
+            self._write(h2.reset(number, h2.CANCEL))
         stream.on_end(stream)
         self._close_if_done()
 

@@ -53,8 +53,9 @@ _EXCESS: Final = 256
 # Requests whose headers are remembered, and the longest encoded ones.
 _KEPT_HEADS: Final = 64
 _KEPT_HEAD_BYTES: Final = 4096
-# Of an unknown method, in the message that says so.
+# Of an unknown method, in the message that says so; and of the reason for the end of a connection.
 _PATH_LETTERS: Final = 200
+_REASON_LETTERS: Final = 100
 # Of one frame: each may change the window of every stream.
 _MOST_SETTINGS: Final = 32
 # Parts of a message that are shorter are joined as they come: an object takes more than its few bytes.
@@ -231,7 +232,7 @@ class Connection(asyncio.Protocol):
     def go_away(self) -> None:
         """Asks the client to make its next calls on another connection."""
         self._is_leaving = True
-        self._write(h2.frame(h2.GOAWAY, 0, 0, struct.pack(">II", h2.MAX, h2.NO_ERROR)))
+        self._write(h2.goaway(h2.MAX, h2.NO_ERROR))
 
     def abort(self) -> None:
         """Ends the connection at once."""
@@ -302,8 +303,7 @@ class Connection(asyncio.Protocol):
     def _fail(self, code: int, why: str) -> None:
         """Ends the connection with an error."""
         log.debug("%s broke the protocol: %s", self.peer, why)
-        payload = struct.pack(">II", self._last_number, code) + why.encode()[:100]
-        self._write(h2.frame(h2.GOAWAY, 0, 0, payload))
+        self._write(h2.goaway(self._last_number, code, why[:_REASON_LETTERS]))
         self._flush()
         for stream in list(self._streams.values()):
             self._close(stream, is_cancelled=True)
@@ -383,9 +383,6 @@ class Connection(asyncio.Protocol):
         elif kind == h2.PUSH_PROMISE:
             raise h2.ProtocolError(h2.PROTOCOL_ERROR, "a client does not push")
 
-    def _reset(self, number: i64, code: int) -> None:
-        self._write(h2.frame(h2.RST_STREAM, 0, number, h2.NUMBER.pack(code)))
-
     def _take_settings(self, payload: bytes, flags: i64, number: i64) -> None:
         if number or (flags & h2.ACK and payload) or len(payload) % 6:
             raise h2.ProtocolError(h2.PROTOCOL_ERROR if number else h2.FRAME_SIZE_ERROR, "settings that are not valid")
@@ -432,8 +429,7 @@ class Connection(asyncio.Protocol):
             return
         stream.window += size
         if size == 0 or stream.window > h2.MAX:
-            self._reset(number, h2.FLOW_CONTROL_ERROR if size else h2.PROTOCOL_ERROR)
-            self._close(stream, is_cancelled=True)
+            self.reset(stream, h2.FLOW_CONTROL_ERROR if size else h2.PROTOCOL_ERROR, is_cancelled=True)
         elif number in self._blocked:
             self._send_soon()
 
@@ -483,8 +479,7 @@ class Connection(asyncio.Protocol):
         stream = self._streams.get(number)
         if stream is not None:  # trailers of a request
             if stream.is_received or not flags & h2.END_STREAM:
-                self._reset(number, h2.PROTOCOL_ERROR)
-                self._close(stream, is_cancelled=True)
+                self.reset(stream, h2.PROTOCOL_ERROR, is_cancelled=True)
             else:
                 self._end_request(stream)
             return
@@ -494,10 +489,10 @@ class Connection(asyncio.Protocol):
             raise h2.ProtocolError(h2.PROTOCOL_ERROR, f"stream {number} comes after stream {self._last_number}")
         self._last_number = number
         if head.is_malformed:
-            self._reset(number, h2.PROTOCOL_ERROR)
+            self._write(h2.reset(number, h2.PROTOCOL_ERROR))
             return
         if len(self._streams) >= self._server.max_streams:
-            self._reset(number, h2.REFUSED_STREAM)
+            self._write(h2.reset(number, h2.REFUSED_STREAM))
             return
         stream = Stream(self, number, head, self._stream_window)
         self._streams[number] = stream
@@ -541,20 +536,18 @@ class Connection(asyncio.Protocol):
         size: i64 = end - at
         self._received += size
         if self._received > _CONNECTION_STEP:
-            self._write(h2.frame(h2.WINDOW_UPDATE, 0, 0, h2.NUMBER.pack(self._received)))
+            self._write(h2.window_update(0, self._received))
             self._received = 0
         stream = self._streams.get(number)
         if stream is None:
             self._find(number)
             return
         if stream.is_received:
-            self._reset(number, h2.STREAM_CLOSED)
-            self._close(stream, is_cancelled=True)
+            self.reset(stream, h2.STREAM_CLOSED, is_cancelled=True)
             return
         stream.room -= size
         if stream.room < 0:
-            self._reset(number, h2.FLOW_CONTROL_ERROR)
-            self._close(stream, is_cancelled=True)
+            self.reset(stream, h2.FLOW_CONTROL_ERROR, is_cancelled=True)
             return
         if flags & h2.PADDED:
             if size == 0 or data[at] >= size:
@@ -677,7 +670,7 @@ class Connection(asyncio.Protocol):
         more: i64 = min(max(_STREAM_WINDOW - held, left), h2.MAX) - stream.room
         if more >= _STREAM_WINDOW // 2 or (more > 0 and stream.room < left):
             stream.room += more
-            self._write(h2.frame(h2.WINDOW_UPDATE, 0, stream.number, h2.NUMBER.pack(more)))
+            self._write(h2.window_update(stream.number, more))
 
     # Answers.
 
@@ -752,11 +745,11 @@ class Connection(asyncio.Protocol):
         stream.trailers = trailers
         self._send(stream)
 
-    def reset(self, stream: Stream, code: int) -> None:
-        """Ends a call in the middle of its answer."""
+    def reset(self, stream: Stream, code: int, *, is_cancelled: bool = False) -> None:
+        """Ends a call without a status, in the middle of its answer or because its client broke the protocol."""
         if not stream.is_closed:
-            self._write(h2.frame(h2.RST_STREAM, 0, stream.number, h2.NUMBER.pack(code)))
-            self._close(stream, is_cancelled=False)
+            self._write(h2.reset(stream.number, code))
+            self._close(stream, is_cancelled=is_cancelled)
 
     def _queue(self, stream: Stream, body: Sequence[bytes], size: i64) -> None:
         stream.unsent.append(_PREFIX.pack(0, size))
@@ -846,7 +839,7 @@ class Connection(asyncio.Protocol):
     def _finish(self, stream: Stream) -> None:
         """The answer is written. A client that has not sent all of its request may stop."""
         if not stream.is_received:
-            self._write(h2.frame(h2.RST_STREAM, 0, stream.number, h2.NUMBER.pack(h2.NO_ERROR)))
+            self._write(h2.reset(stream.number, h2.NO_ERROR))
         self._close(stream, is_cancelled=False)
 
     def _close(self, stream: Stream, *, is_cancelled: bool) -> None:

@@ -70,7 +70,20 @@ def frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
 def opening(settings: tuple[tuple[int, int], ...]) -> bytes:
     """The settings of a side that takes as much as it can on the connection."""
     payload = b"".join([struct.pack(">HI", *setting) for setting in settings])
-    return frame(SETTINGS, 0, 0, payload) + frame(WINDOW_UPDATE, 0, 0, NUMBER.pack(MAX - DEFAULT_WINDOW))
+    return frame(SETTINGS, 0, 0, payload) + window_update(0, MAX - DEFAULT_WINDOW)
+
+
+def goaway(last: int, code: int, why: str = "") -> bytes:
+    """Asks the other side to make no calls after stream `last` on this connection."""
+    return frame(GOAWAY, 0, 0, struct.pack(">II", last, code) + why.encode())
+
+
+def reset(number: int, code: int) -> bytes:
+    return frame(RST_STREAM, 0, number, NUMBER.pack(code))
+
+
+def window_update(number: int, more: int) -> bytes:
+    return frame(WINDOW_UPDATE, 0, number, NUMBER.pack(more))
 
 
 def fragment(payload: bytes, flags: int) -> bytes:
