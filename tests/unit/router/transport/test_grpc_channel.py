@@ -296,7 +296,7 @@ async def test_a_request_waits_for_the_room_that_the_server_gives():
     transport.written = b""
     connection.request(b"", b"x" * 25, print)
     assert transport.written.count(b"x") == 10
-    connection.data_received(frame(h2.WINDOW_UPDATE, 0, 1, struct.pack(">I", 10)))
+    connection.data_received(h2.window_update(1, 10))
     assert transport.written.count(b"x") == 20
     connection.data_received(frame(h2.SETTINGS, 0, 0, struct.pack(">HI", 4, 15)))
     assert transport.written.endswith(frame(h2.DATA, 0x1, 1, b"x" * 5))
