@@ -29,7 +29,6 @@ class Clock:
 
 
 clock = Clock()
-real_perf_counter = time.perf_counter
 real_cpu_seconds = time.process_time
 
 

@@ -157,11 +157,7 @@ class SimLoop(asyncio.BaseEventLoop):
             if found is None:
                 found = _RINGS[key] = inner(function.args[1])
             return found
-        process.on_thread = True
-        try:
-            return process.context.copy().run(function, *args)
-        finally:
-            process.on_thread = False
+        return process.context.copy().run(function, *args)
 
     def _thread_ended(self, pool):
         if pool.waiting:
