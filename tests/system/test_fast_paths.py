@@ -125,7 +125,7 @@ async def test_a_caller_that_leaves_in_the_chunk_of_its_request_leaves_nothing_b
 
     server, channel = await serve(path)
     channel.close()
-    with RawClient(server._servers[0].sockets[0].getsockname()[1]) as client:
+    with RawClient(server._sockets[0].getsockname()[1]) as client:
         for stream in (1, 3):
             client.call(stream, [(":path", f"/{NAME}/Call"), *CALL])
         client.send(frame(RST_STREAM, 0, 1, struct.pack(">I", 8)))  # as the two calls, before the event loop reads

@@ -56,6 +56,9 @@ _FLUSH_SECONDS: Final = 1.0
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 # Of an address that this host does not have, such as ::1 where IPv6 is off.
 _NOT_OURS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+# Connections wait in the kernel while this process or machine cannot have more of them.
+_NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_ACCEPT_AGAIN_SECONDS: Final = 1.0
 # A call that waits, and its coroutine.
 _Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], Stream]"
 
@@ -85,7 +88,8 @@ class NativeServer:
         self._sockets: list[socket.socket] = []
         # Of a Unix socket, with what tells it from one that another process has put there since.
         self._path: tuple[str, os.stat_result] | None = None
-        self._servers: list[asyncio.Server] = []
+        # Connections that have been accepted and are not open yet.
+        self._opening: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         # With the number by which channelz calls each, when it began, and what a greatest age is multiplied by for it.
         self._connections: dict[Connection, tuple[int, float, float]] = {}
@@ -126,10 +130,10 @@ class NativeServer:
         return port
 
     async def start(self) -> None:
-        self._loop = loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         for listening in self._sockets:
-            server = await loop.create_server(partial(Connection, self), sock=listening, backlog=socket.SOMAXCONN)
-            self._servers.append(server)
+            listening.listen(socket.SOMAXCONN)
+            self._listen(listening)
 
     async def stop(self, grace: float | None) -> None:
         """Refuses new calls, waits for those in flight, and closes after their answers are sent."""
@@ -153,6 +157,44 @@ class NativeServer:
         for connection in list(self._connections):
             connection.abort()
 
+    def _listen(self, listening: socket.socket) -> None:
+        if self._loop is not None and listening in self._sockets:
+            self._loop.add_reader(listening, self._accept, listening)
+
+    def _ignore(self, listening: socket.socket) -> None:
+        loop: Any = self._loop  # uvloop returns None where asyncio, and so its type, returns a bool
+        if loop is not None:
+            loop.remove_reader(listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        """Accepts what waits. asyncio's servers on uvloop accept one connection in each turn of the event loop, so that
+        the last of 200 clients waits for 200 turns, which are long under load."""
+        assert self._loop is not None
+        for _ in range(_BATCH):
+            try:
+                accepted, _address = listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    log.warning("cannot accept connections: %s", error)
+                    self._ignore(listening)
+                    self._loop.call_later(_ACCEPT_AGAIN_SECONDS, self._listen, listening)
+                    return
+                # Of a client that has gone already.
+                continue
+            accepted.setblocking(False)
+            opening = self._loop.create_task(self._open(accepted))
+            self._opening.add(opening)
+            opening.add_done_callback(self._opening.discard)
+
+    async def _open(self, accepted: socket.socket) -> None:
+        assert self._loop is not None
+        try:
+            await self._loop.connect_accepted_socket(partial(Connection, self), accepted)
+        except OSError:  # its client has gone already
+            accepted.close()
+
     async def _be_idle(self) -> None:
         while self._under_way:
             self._idle.clear()
@@ -162,12 +204,12 @@ class NativeServer:
 
     async def stop_listening(self) -> None:
         """Makes the kernel refuse new connections."""
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
         for listening in self._sockets:
+            self._ignore(listening)
             listening.close()
         self._sockets.clear()
+        if self._opening:
+            await asyncio.wait(self._opening)
         if self._path is not None:
             (path, made), self._path = self._path, None
             with suppress(OSError):
@@ -377,6 +419,7 @@ def _bind_unix(path: str) -> socket.socket:
         if stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116 - of a process that is gone
             os.unlink(path)  # noqa: PTH108
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    bound.setblocking(False)
     try:
         bound.bind(path)
     except OSError:
@@ -413,6 +456,7 @@ def _bind(address: str, *, share_port: bool) -> list[socket.socket]:
 
 def _listen(family: int, place: tuple[Any, ...], *, is_dual: bool, share_port: bool) -> socket.socket:
     one = socket.socket(family, socket.SOCK_STREAM)
+    one.setblocking(False)
     try:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if share_port:
