@@ -296,6 +296,10 @@ class Connection(asyncio.Protocol):
         self._heads.clear()
         self._server.lost(self)
 
+    def eof_received(self) -> None:
+        """The client sends no more: it has left, or is about to."""
+        self.close()
+
     def pause_writing(self) -> None:
         self._is_paused = True
 
@@ -413,9 +417,11 @@ class Connection(asyncio.Protocol):
         if not self._has_begun:
             if not (data.startswith(PREFACE) or PREFACE.startswith(data)):
                 raise ProtocolError(PROTOCOL_ERROR, "this is a gRPC server: it speaks HTTP/2 without TLS")
-            if size < len(PREFACE):
+            if size < len(PREFACE) + _HEAD_BYTES:
                 self._rest = data
                 return
+            if data[len(PREFACE) + 3] != _SETTINGS or data[len(PREFACE) + 4] & _ACK:
+                raise ProtocolError(PROTOCOL_ERROR, "the first frame has no settings")
             self._has_begun = True
             self._drop_timer()
             at = len(PREFACE)
