@@ -123,6 +123,9 @@ class Server(Protocol):
     max_message_bytes: int
     max_metadata_bytes: int
     max_streams: int
+    # Of requests that came in parts, of calls that have not ended; and their limit.
+    request_bytes: int
+    max_request_bytes: int
 
     def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[Any]:
         """Reads headers and finds the method."""
@@ -177,8 +180,9 @@ class Messages:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         message, is_compressed = self._messages.popleft()
-        self.bytes -= len(message) + _PREFIX_BYTES
-        self._stream.connection.grant(self._stream)
+        size = len(message) + _PREFIX_BYTES
+        self.bytes -= size
+        self._stream.connection.take(self._stream, size)
         if is_compressed:
             return await asyncio.get_running_loop().run_in_executor(None, inflated, message, self._limit)
         return message
@@ -207,6 +211,8 @@ class Stream:
         self.parts: list[bytes] = []
         self.size: i64 = 0
         self.length: i64 = -1
+        # Bytes of it that `request_bytes` of the server counts.
+        self.held: i64 = 0
         self.is_compressed = False
         self.has_message = False
         self.messages: Messages | None = None
@@ -676,10 +682,31 @@ class Connection(asyncio.Protocol):
                 stream.is_received = True
                 self._server.begin(stream, data[at + _PREFIX_BYTES : end])
                 return
+        if not self._hold(stream, end - at):
+            return
         self._add_data(stream, data, at, end)
         if is_last and not stream.is_closed:
             self._end_request(stream)
         elif stream.room < _STREAM_WINDOW // 2 and not stream.is_closed:
+            self.grant(stream)
+
+    def _hold(self, stream: Stream, size: i64) -> bool:
+        """Counts bytes of a request; False: there are too many of all, and the call was refused."""
+        server = self._server
+        if server.request_bytes + size > server.max_request_bytes:
+            self._refuse(
+                stream, grpc.StatusCode.RESOURCE_EXHAUSTED, "the requests under way are too large together; retry later"
+            )
+            return False
+        stream.held += size
+        server.request_bytes += size
+        return True
+
+    def take(self, stream: Stream, size: int) -> None:
+        """The reader of a stream has taken `size` bytes."""
+        if not stream.is_closed:
+            stream.held -= size
+            self._server.request_bytes -= size
             self.grant(stream)
 
     def _add_data(self, stream: Stream, data: bytes, at: i64, end: i64) -> None:
@@ -751,7 +778,9 @@ class Connection(asyncio.Protocol):
             joining = asyncio.get_running_loop().run_in_executor(None, self._message, stream)
             joining.add_done_callback(partial(self._begin_late, stream))
         else:
-            self._server.begin(stream, b"".join(stream.parts))
+            message = b"".join(stream.parts)
+            stream.parts = []
+            self._server.begin(stream, message)
 
     def _begin_late(self, stream: Stream, joining: asyncio.Future[bytes]) -> None:
         stream.parts = []
@@ -761,7 +790,7 @@ class Connection(asyncio.Protocol):
             refused = faults.reported(log, "a message could not be read", error)
             self.fail(stream, refused.code, refused.message)
             return
-        if stream.is_closed:
+        if stream.is_closed or not self._hold(stream, len(message) - stream.size):
             return
         self._server.begin(stream, message)
         self._server.turn_over()
@@ -962,6 +991,8 @@ class Connection(asyncio.Protocol):
         stream.unsent_bytes = 0
         stream.unsent.clear()
         stream.parts = []
+        self._server.request_bytes -= stream.held
+        stream.held = 0
         _wake(stream)
         cancel, stream.cancel = stream.cancel, None
         if is_cancelled:

@@ -50,8 +50,12 @@ _BATCH: Final = 64
 _AGE_SPREAD: Final = 0.1
 # Delay of `afterwards` callbacks, to batch them.
 _AFTERWARDS_SECONDS: Final = 0.02
-# How long a server that stops waits for clients to take its last answers.
+# Bytes of requests that came in parts, of all calls together: at least this, and so many of the largest.
+_REQUEST_BYTES: Final = 2 << 30
+_LARGEST_REQUESTS: Final = 8
+# How long a server that stops waits for clients to take the refusals of what it has ended.
 _FLUSH_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 0.01
 # A client that is silent for the first time is probed so often; it is gone if it does not answer the probes.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 # Of an address that this host does not have, such as ::1 where IPv6 is off.
@@ -80,6 +84,8 @@ class NativeServer:
         self.max_message_bytes = max_message_bytes
         self.max_metadata_bytes = max_metadata_bytes
         self.max_streams = MAX_STREAMS
+        self.request_bytes = 0
+        self.max_request_bytes = max(_REQUEST_BYTES, _LARGEST_REQUESTS * max_message_bytes)
         self.backlog = Backlog(max_unread_bytes, self._ended_bytes)
         self._share_port = share_port
         self._paths = paths
