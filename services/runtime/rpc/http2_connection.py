@@ -326,6 +326,11 @@ class Connection(asyncio.Protocol):
         return self._written - (0 if transport is None else transport.get_write_buffer_size())
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a call is on its way here, under way, or its answer not sent."""
+        return bool(self._streams) or self.unsent > 0
+
+    @property
     def is_asked(self) -> bool:
         """Whether the client was asked to leave."""
         return self._is_leaving

@@ -102,14 +102,12 @@ class NativeServer:
         self._opened = 0
         # By connection: when it began, and the share of a greatest age by which its own is longer.
         self._began: dict[Connection, tuple[float, float]] = {}
-        self._draining = False
         self._suspended: list[_Suspended] = []
         # Pending `afterwards` callbacks, and whether the event loop is scheduled to run them.
         self._afterwards: deque[Callable[[], None]] = deque()
         self._is_scheduled = False
-        # The calls that have begun, except those that are answered at once; `_idle` is set when there are none.
+        # The calls that have begun, except those that are answered at once.
         self._under_way: set[Stream] = set()
-        self._idle = asyncio.Event()
         # Bytes of answers since the start.
         self._handed = 0
 
@@ -144,8 +142,9 @@ class NativeServer:
             self._listen(listening)
 
     async def stop(self, grace: float | None) -> None:
-        """Refuses new calls, waits for those in flight, and closes after their answers are sent."""
-        self._draining = True
+        """Refuses new calls, waits for those that have begun to come, and closes when their answers are sent."""
+        # Clients may make them again elsewhere: REFUSED_STREAM says that nothing was done.
+        self.max_streams = 0
         await self.stop_listening()
         waiting = asyncio.create_task(self._be_idle())
         await asyncio.wait([waiting], timeout=grace or 0)
@@ -157,11 +156,11 @@ class NativeServer:
                 cancel()
         end = time.monotonic() + _FLUSH_SECONDS
         while any(connection.unsent for connection in self._connections) and time.monotonic() < end:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(_LOOK_SECONDS)
         for connection in list(self._connections):
             connection.close()
         while self._connections and time.monotonic() < end:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(_LOOK_SECONDS)
         for connection in list(self._connections):
             connection.abort()
 
@@ -204,9 +203,8 @@ class NativeServer:
             accepted.close()
 
     async def _be_idle(self) -> None:
-        while self._under_way:
-            self._idle.clear()
-            await self._idle.wait()
+        while self._under_way or any(connection.is_busy for connection in self._connections):  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_SECONDS)
 
     # The connections, as services.runtime.rpc.connections has those of grpcio.
 
@@ -278,9 +276,6 @@ class NativeServer:
         head: RequestHead[Method] = stream.head
         method = head.method
         assert method is not None
-        if self._draining:
-            stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
-            return
         if method.path is None:
             self._start_task(stream, method, message)
             return
@@ -310,9 +305,8 @@ class NativeServer:
         if self._suspended:
             suspended, self._suspended = self._suspended, []
             for coroutine, stream in suspended:
-                if stream.is_closed or self._draining:
+                if stream.is_closed:
                     _close(coroutine)
-                    stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
                     continue
                 driver = Driver(coroutine, partial(self._end, stream))
                 stream.cancel = driver.cancel
@@ -336,8 +330,6 @@ class NativeServer:
     def _ended(self, stream: Stream) -> None:
         stream.cancel = None
         self._under_way.discard(stream)
-        if self._draining and not self._under_way:
-            self._idle.set()
 
     def _do_afterwards(self) -> None:
         """Runs callbacks in batches, so that they do not block the event loop for long."""
