@@ -224,7 +224,7 @@ async def test_a_draining_server_answers_a_call_whose_request_is_on_its_way():
     with raw_client(server) as client:
         client.headers(1, [(":path", f"/{NAME}/Call"), *CALL])
         client.send(frame(DATA, 0, 1, EMPTY[:2]))
-        await until(lambda: any(connection.is_busy for connection in server._connections))
+        await until(lambda: any(connection._streams for connection in server._connections))
         stopping = asyncio.create_task(server.stop(60))
         await until(lambda: server.max_streams == 0)
         client.send(frame(DATA, END_STREAM, 1, EMPTY[2:]))
@@ -238,7 +238,7 @@ async def test_a_draining_server_waits_for_the_readers_of_its_answers(monkeypatc
     channel.close()
     with raw_client(server, (INITIAL_WINDOW_SIZE, 0)) as client:
         client.call(1, [(":path", f"/{NAME}/Call"), *CALL])
-        await until(lambda: any(connection.unsent for connection in server._connections))
+        await until(lambda: any(connection._blocked for connection in server._connections))
         stopping = asyncio.create_task(server.stop(60))
         for _ in range(20):
             await asyncio.sleep(0)
@@ -246,6 +246,25 @@ async def test_a_draining_server_waits_for_the_readers_of_its_answers(monkeypatc
         client.send(frame(WINDOW_UPDATE, 0, 1, struct.pack(">I", len(EMPTY))))
         assert await asyncio.to_thread(client.outcome, 1) == 0
         await stopping
+
+
+async def test_what_a_client_sends_as_it_reads_its_last_answer_does_not_lose_that():
+    async def path(data, metadata, deadline):
+        return Answer(bytes(400_000), ())
+
+    server, channel = await serve(path)
+    channel.close()
+    with raw_client(server, (INITIAL_WINDOW_SIZE, 1 << 20)) as client:
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        client.send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 20)))
+        client.call(1, [(":path", f"/{NAME}/Call"), *CALL])
+        await until(lambda: any(connection.sent > 400_000 for connection in server._connections))
+        stopping = asyncio.create_task(server.stop(60))
+        await until(lambda: all(connection._is_closing for connection in server._connections))
+        for _ in range(2):
+            client.send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1)))
+        assert await asyncio.to_thread(client.outcome, 1) == 0
+    await stopping
 
 
 async def test_a_draining_server_does_not_begin_another_call(grace):

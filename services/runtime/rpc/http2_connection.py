@@ -266,6 +266,8 @@ class Connection(asyncio.Protocol):
         self._is_sending_soon = False
         self._is_leaving = False
         self._is_closing = False
+        # Bytes that came after that.
+        self.ignored: i64 = 0
         # Bytes of streams that wait, and all bytes given to the socket.
         self._unsent: i64 = 0
         self._written: i64 = 0
@@ -347,12 +349,25 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Ends the connection when what was written has left, or after some seconds."""
-        self._is_closing = True
         if self._transport is not None:
             self._flush()
             self._drop_timer()
             self._timer = asyncio.get_running_loop().call_later(_CLOSE_SECONDS, self.abort)
             self._transport.close()
+        self._is_closing = True
+
+    def finish(self) -> None:
+        """Sends no more, and leaves it to the client to end the connection when it has read all.
+
+        If this end closed it, what the client sends while it reads, such as WINDOW_UPDATE, would make the kernel drop
+        the rest.
+        """
+        for stream in list(self._streams.values()):
+            self._close(stream, is_cancelled=True)
+        if self._transport is not None and not self._is_closing and not self._transport.is_closing():
+            self._flush()
+            self._transport.write_eof()
+        self._is_closing = True
 
     def _drop_timer(self) -> None:
         if self._timer is not None:
@@ -377,7 +392,7 @@ class Connection(asyncio.Protocol):
             data = b"".join(self._out)
             self._out.clear()
             self._pending = 0
-            if self._transport is not None and not self._transport.is_closing():
+            if self._transport is not None and not (self._is_closing or self._transport.is_closing()):
                 self._written += len(data)
                 self._transport.write(data)
 
@@ -391,6 +406,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
+            self.ignored += len(data)
             return
         self._is_reading = True
         try:

@@ -53,7 +53,8 @@ _AFTERWARDS_SECONDS: Final = 0.02
 # Bytes of requests that came in parts, of all calls together: at least this, and so many of the largest.
 _REQUEST_BYTES: Final = 2 << 30
 _LARGEST_REQUESTS: Final = 8
-# How long a server that stops waits for clients to take the refusals of what it has ended.
+# How long a server that stops waits for clients to take the refusals of what it has ended; and, after that, for them to
+# leave, if nothing comes from any of them meanwhile.
 _FLUSH_SECONDS: Final = 1.0
 _LOOK_SECONDS: Final = 0.01
 # A client that is silent for the first time is probed so often; it is gone if it does not answer the probes.
@@ -146,6 +147,7 @@ class NativeServer:
         # Clients may make them again elsewhere: REFUSED_STREAM says that nothing was done.
         self.max_streams = 0
         await self.stop_listening()
+        end = time.monotonic() + (grace or 0)
         waiting = asyncio.create_task(self._be_idle())
         await asyncio.wait([waiting], timeout=grace or 0)
         waiting.cancel()
@@ -154,15 +156,23 @@ class NativeServer:
             stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is stopping")
             if cancel is not None:
                 cancel()
-        end = time.monotonic() + _FLUSH_SECONDS
-        while any(connection.unsent for connection in self._connections) and time.monotonic() < end:  # noqa: ASYNC110
+        flushed = time.monotonic() + _FLUSH_SECONDS
+        while any(connection.unsent for connection in self._connections) and time.monotonic() < flushed:  # noqa: ASYNC110
             await asyncio.sleep(_LOOK_SECONDS)
         for connection in list(self._connections):
-            connection.close()
-        while self._connections and time.monotonic() < end:  # noqa: ASYNC110
-            await asyncio.sleep(_LOOK_SECONDS)
+            connection.finish()
+        await self._be_left(max(end, flushed))
         for connection in list(self._connections):
             connection.abort()
+
+    async def _be_left(self, end: float) -> None:
+        """Waits until all clients have left, or do nothing, or `end`."""
+        seen, still = (0, 0), end
+        while self._connections and (now := time.monotonic()) < min(end, still):
+            found = len(self._connections), sum([connection.ignored for connection in self._connections])
+            if found != seen:
+                seen, still = found, now + _FLUSH_SECONDS
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _listen(self, listening: socket.socket) -> None:
         if self._loop is not None and listening in self._sockets:
