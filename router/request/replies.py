@@ -4,7 +4,8 @@ from __future__ import annotations  # compiled by mypyc
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from typing import TypeAlias
 
 import grpc
 
@@ -19,13 +20,16 @@ from services.runtime.errors import RingmeshError
 from services.runtime.oip import protocol
 from services.runtime.rpc.rpc import Answer, Failure, Metadata, failure
 from services.runtime.telemetry.metrics import OTHER
-from services.runtime.telemetry.spans import Attributes, Value
+from services.runtime.telemetry.spans import SharedAttributes, Value
 from services.runtime.telemetry.tracing import Tracer
 
 # One in _HITS_A_REPORT hits carries the load report: on every hit it would add 5 us each.
 _HITS_A_REPORT = 16
 _TIERS = {"hit-local": "local", "hit-shared": "shared", "hit-peer": "peer"}
 _AUDITED = frozenset({"hit-local", "hit-shared"})
+
+
+Names: TypeAlias = tuple[tuple[str, str], ...]
 
 
 class Replies:
@@ -116,23 +120,23 @@ class Replies:
         if not keeps:
             return
         entry = found.entry
-        attributes: dict[str, Value] = {
-            "ringmesh.cache.outcome": found.outcome,
+        values: dict[str, Value] = {
             "ringmesh.response.bytes": len(entry.value),
             "ringmesh.compute_us": entry.compute_us,
             "ringmesh.cost": self._cost.of(model.provider, entry.compute_us),
-            "ringmesh.kept": "sampled" if call.trace.sampled else "slow",
         }
-        if found.worker:
-            attributes["ringmesh.worker.id"] = found.worker
-        if call.provider:
-            attributes["ringmesh.provider"] = call.provider
-        if found.reason:
-            attributes["ringmesh.cache.reason"] = found.reason
-        if tier := _TIERS.get(found.outcome):
-            attributes["ringmesh.cache.tier"] = tier
-            attributes["ringmesh.cache.age_ms"] = end // 1_000_000 - entry.created_at_ms
-        self._keep(call, labels, end, attributes, slow=slow)
+        tier = _TIERS.get(found.outcome, "")
+        if tier:
+            values["ringmesh.cache.age_ms"] = end // 1_000_000 - entry.created_at_ms
+        names = (
+            ("ringmesh.cache.outcome", found.outcome),
+            ("ringmesh.kept", "sampled" if call.trace.sampled else "slow"),
+            ("ringmesh.worker.id", found.worker),
+            ("ringmesh.provider", call.provider),
+            ("ringmesh.cache.reason", call.reason or found.reason),
+            ("ringmesh.cache.tier", tier),
+        )
+        self._keep(call, labels, end, names, values, slow=slow)
 
     def failure(self, call: Call, error: RingmeshError) -> Failure:
         """The failure for the caller. Counts the call."""
@@ -160,44 +164,47 @@ class Replies:
         if self._meter is not None:
             worker_type = call.model.worker_type if call.model is not None else CPU
             self._meter.failed(labels, call.trace, worker_type, call.start, end, call.router_ns, len(call.data))
-        kept = "sampled" if call.trace.sampled else "failed"
-        return partial(self._keep, call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
+        names = (
+            ("ringmesh.kept", "sampled" if call.trace.sampled else "failed"),
+            ("ringmesh.error", kind),
+            ("ringmesh.cache.reason", call.reason),
+        )
+        return partial(self._keep, call, labels, end, names, {}, code, message, kind=kind)
 
     def _keep(
         self,
         call: Call,
         labels: LabelValues,
         end: int,
-        attributes: Attributes,
+        names: Names,
+        values: dict[str, Value],
         code: grpc.StatusCode = grpc.StatusCode.OK,
         message: str = "",
         *,
         slow: bool = False,
+        kind: str = "",
     ) -> None:
-        """Retains the trace of a call that is sampled, slow or failed; logs it if it is slow or failed."""
+        """Retains the trace of a call that is sampled, slow or failed; logs it if it is slow or failed.
+
+        `names` and `values` are attributes of its span; those of `names` are of many spans, and left out where empty.
+        """
         # The clock may have been set back meanwhile.
         end = max(call.start, end)
         trace = call.trace
         self._requests.exemplify(labels, end - call.start, trace.trace_id, end)
         state, baggage = protocol.state_and_baggage(call.metadata)
         trace.state = w3c.usable_state(state)
-        kept: dict[str, Value] = {
-            **protocol.span_attributes(call.method, code.value[0]),
-            "ringmesh.model.name": call.name,
-            "ringmesh.model.version": call.model.version if call.model is not None else "",
-            "ringmesh.request.bytes": len(call.data),
-            **attributes,
-        }
-        if call.tenant:
-            kept["ringmesh.tenant"] = call.tenant
-        if call.caller_metadata is not None and call.caller_metadata.identity is not None:
-            kept["ringmesh.identity"] = call.caller_metadata.identity.id
+        caller = call.caller_metadata
+        identity = caller.identity.id if caller is not None and caller.identity is not None else ""
+        version = call.model.version if call.model is not None else ""
+        shared = _shared(call.method, code.value[0], call.name, version, call.tenant, identity, names)
+        values["ringmesh.request.bytes"] = len(call.data)
         if call.request_hash:
-            kept["ringmesh.key"] = call.request_hash[:8].hex()
-        if call.reason:
-            kept["ringmesh.cache.reason"] = call.reason
-        kept |= {f"baggage.{key}": value for key, value in w3c.parse_baggage(baggage).items()}
-        self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, kept, message)
+            values["ringmesh.key"] = call.request_hash[:8].hex()
+        if baggage:
+            values |= {f"baggage.{key}": value for key, value in w3c.parse_baggage(baggage).items()}
+        name = protocol.full_name(call.method)
+        self._tracer.finish(trace, name, call.start, end, values, message, shared=shared)
         if code is not grpc.StatusCode.OK or slow:
             self._log.write(
                 code=code.name,
@@ -209,5 +216,17 @@ class Replies:
                 version=labels[2],
                 tenant=call.tenant,
                 outcome=labels[5],
-                type=str(attributes.get("ringmesh.error", "")),
+                type=kind,
             )
+
+
+@lru_cache(1024)
+def _shared(
+    method: str, code: int, model: str, version: str, tenant: str, identity: str, names: Names
+) -> SharedAttributes:
+    """The attributes of a call's span that many others have, too."""
+    attributes = protocol.span_attributes(method, code)
+    attributes |= {"ringmesh.model.name": model, "ringmesh.model.version": version}
+    named = (("ringmesh.tenant", tenant), ("ringmesh.identity", identity), *names)
+    attributes |= {name: value for name, value in named if value}
+    return SharedAttributes(attributes)

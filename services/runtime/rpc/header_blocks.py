@@ -162,14 +162,27 @@ class HeaderDecoder:
             del self._table[:count]
 
 
+_LENGTHS: Final = [bytes((size,)) for size in range(_CONTINUES - 1)]
+
+
 def encode_field(name: bytes, value: bytes) -> bytes:
     """Returns a literal field that no table keeps."""
-    return b"".join((b"\0", _length(len(name)), name, _length(len(value)), value))
+    return encode_name(name) + encode_value(value)
+
+
+def encode_name(name: bytes) -> bytes:
+    """Returns the first part of a literal field."""
+    return b"\0" + _length(len(name)) + name
+
+
+def encode_value(value: bytes) -> bytes:
+    """Returns the rest of a literal field."""
+    return _length(len(value)) + value
 
 
 def _length(size: int) -> bytes:
     if size < _CONTINUES - 1:
-        return bytes((size,))
+        return _LENGTHS[size]
     encoded = [_CONTINUES - 1]
     size -= _CONTINUES - 1
     while size >= _CONTINUES:

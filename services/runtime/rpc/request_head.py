@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import grpc
 
-from services.runtime.rpc.header_blocks import Field, encode_field
+from services.runtime.rpc.header_blocks import Field, encode_field, encode_name, encode_value
 from services.runtime.rpc.rpc import Metadata
 
 Method = TypeVar("Method")
@@ -34,6 +34,9 @@ _OK: Final = encode_field(b"grpc-status", b"0")
 # Encoded entries of metadata: most are sent again, such as the name of a worker.
 _ENTRIES: Final[dict[tuple[str, str | bytes], bytes]] = {}
 _MOST_ENTRIES: Final = 1000
+# Trace ids and the like are not sent again.
+_ID_LENGTH: Final = 32
+_NAMES: Final[dict[str, bytes]] = {}
 
 
 class RequestHead(Generic[Method]):
@@ -142,19 +145,28 @@ def _encoded(metadata: Metadata) -> bytes:
         encoded = _ENTRIES.get(entry)
         if encoded is None:
             encoded = _encode(entry[0], entry[1])
-            if len(_ENTRIES) >= _MOST_ENTRIES:
-                _ENTRIES.clear()
-            _ENTRIES[entry] = encoded
+            if len(entry[1]) < _ID_LENGTH:
+                if len(_ENTRIES) >= _MOST_ENTRIES:
+                    _ENTRIES.clear()
+                _ENTRIES[entry] = encoded
         parts.append(encoded)
     return b"".join(parts)
 
 
 def _encode(name: str, value: str | bytes) -> bytes:
-    if _NAME.fullmatch(name) is None:
-        raise ValueError(f"{name!r} is no name of metadata")
-    text = value if isinstance(value, bytes) else value.encode()
+    encoded_name = _NAMES.get(name)
+    if encoded_name is None:
+        if _NAME.fullmatch(name) is None:
+            raise ValueError(f"{name!r} is no name of metadata")
+        encoded_name = encode_name(name.encode())
+        if len(_NAMES) >= _MOST_ENTRIES:
+            _NAMES.clear()
+        _NAMES[name] = encoded_name
     if name.endswith("-bin"):
-        text = b64encode(text).rstrip(b"=")
-    elif not (text.isascii() and text.decode().isprintable()):
-        raise ValueError(f"the value {value!r} of the metadata {name} is not visible ASCII")
-    return encode_field(name.encode(), text)
+        text = b64encode(value if isinstance(value, bytes) else value.encode()).rstrip(b"=")
+    else:
+        shown = value if isinstance(value, str) else value.decode("latin-1")
+        if not (shown.isascii() and shown.isprintable()):
+            raise ValueError(f"the value {value!r} of the metadata {name} is not visible ASCII")
+        text = shown.encode()
+    return encoded_name + encode_value(text)

@@ -24,7 +24,7 @@ _LOCAL_PARENT = b"\x85\x01" + (0x101).to_bytes(4, "little")
 _REMOTE_PARENT = b"\x85\x01" + (0x301).to_bytes(4, "little")
 _TIMES = struct.Struct("<BQBQ")
 _TIME = struct.Struct("<BQ")
-_DOUBLE = struct.Struct("<Bd")
+_DOUBLE = struct.Struct("<BBBd")
 _64_BITS = (1 << 64) - 1
 # json.dumps would make an encoder for each span.
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
@@ -57,25 +57,51 @@ class Event(NamedTuple):
     attributes: Attributes
 
 
-class Span(NamedTuple):
+class SharedAttributes:
+    """Attributes that many spans have in common, encoded once."""
+
+    def __init__(self, attributes: Attributes) -> None:
+        self.attributes = attributes
+        self.otlp = b"".join([_attribute(key, value) for key, value in attributes.items()])
+
+
+class Span:
     """Ids in hexadecimal, `parent_id` "" at a root; times in ns since the Unix epoch; `error` "" on success.
 
-    `links` are spans of other traces, as (trace id, span id).
+    It has the attributes `shared` and `attributes`. `links` are spans of other traces, as (trace id, span id).
     """
 
-    process: Process
-    trace_id: str
-    span_id: str
-    parent_id: str
-    name: str
-    kind: Kind
-    start_ns: int
-    end_ns: int
-    attributes: Attributes
-    error: str = ""
-    trace_state: str = ""
-    events: tuple[Event, ...] = ()
-    links: tuple[tuple[str, str], ...] = ()
+    def __init__(
+        self,
+        process: Process,
+        trace_id: str,
+        span_id: str,
+        parent_id: str,
+        name: str,
+        kind: Kind,
+        start_ns: int,
+        end_ns: int,
+        attributes: Attributes,
+        error: str = "",
+        trace_state: str = "",
+        events: tuple[Event, ...] = (),
+        links: tuple[tuple[str, str], ...] = (),
+        shared: SharedAttributes | None = None,
+    ) -> None:
+        self.process = process
+        self.trace_id = trace_id
+        self.span_id = span_id
+        self.parent_id = parent_id
+        self.name = name
+        self.kind = kind
+        self.start_ns = start_ns
+        self.end_ns = end_ns
+        self.attributes = attributes
+        self.error = error
+        self.trace_state = trace_state
+        self.events = events
+        self.links = links
+        self.shared = shared
 
     def to_otlp(self) -> bytes:
         # Built by hand because this runs for every traced request: through a message it takes twice as long.
@@ -92,8 +118,10 @@ class Span(NamedTuple):
             parts += b"\x22\x08", bytes.fromhex(self.parent_id)
         if self.trace_state:
             parts.append(wire.field(3, self.trace_state.encode()))
+        if self.shared is not None:
+            parts.append(self.shared.otlp)
         for key, value in self.attributes.items():
-            parts.append(wire.field(9, _key_value(key, value)))
+            parts.append(_attribute(key, value))
         for event in self.events:
             attributes = [wire.field(3, _key_value(key, value)) for key, value in event.attributes.items()]
             head = _TIME.pack(0x09, event.at_ns) + wire.field(2, event.name.encode())
@@ -118,7 +146,7 @@ class Span(NamedTuple):
             "start_ns": self.start_ns,
             "end_ns": self.end_ns,
             "error": self.error,
-            "attributes": self.attributes,
+            "attributes": {**(self.shared.attributes if self.shared is not None else {}), **self.attributes},
             "events": [event._asdict() for event in self.events],
             "links": self.links,
         }
@@ -148,17 +176,21 @@ def _head(name: str, kind: Kind) -> bytes:
     return wire.field(5, name.encode()) + bytes((0x30, trace_pb2.Span.SpanKind.Value(f"SPAN_KIND_{kind.name}")))
 
 
+def _attribute(key: str, value: Value) -> bytes:
+    return wire.field(9, _key_value(key, value))
+
+
 def _key_value(key: str, value: Value) -> bytes:
     # Numbers and cache keys differ by request, and building messages took 6 us.
     if isinstance(value, str):
         return _text(key, value)
     if isinstance(value, bool):
-        packed = b"\x10\x01" if value else b"\x10\x00"
+        packed = b"\x12\x02\x10\x01" if value else b"\x12\x02\x10\x00"
     elif isinstance(value, int):
-        packed = b"\x18" + wire.varint(value & _64_BITS)
+        packed = wire.field(2, b"\x18" + wire.varint(value & _64_BITS))
     else:
-        packed = _DOUBLE.pack(0x21, value)
-    return _key(key) + wire.field(2, packed)
+        packed = _DOUBLE.pack(0x12, 9, 0x21, value)
+    return _key(key) + packed
 
 
 @lru_cache(4096)

@@ -16,7 +16,7 @@ from ringmesh.inference.v1 import inference_pb2
 from services.runtime import w3c
 from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.span_export import SpanQueue
-from services.runtime.telemetry.spans import Attributes, Event, Kind, Process, Span
+from services.runtime.telemetry.spans import Attributes, Event, Kind, Process, SharedAttributes, Span
 from services.runtime.telemetry.worker_spans import run_spans, worker_spans
 from services.runtime.w3c import new_span_id, new_trace_id
 
@@ -156,10 +156,11 @@ class Tracer:
         attributes: Attributes,
         error: str = "",
         timing: inference_pb2.Timing | None = None,
+        shared: SharedAttributes | None = None,
     ) -> None:
         """Exports the request's own span with its children. `error` is the failure's message, "" on success.
 
-        `timing` describes work that this process ran itself.
+        The own span has the attributes `shared` and `attributes`. `timing` describes work that this process ran itself.
         If no destination has room, no spans are built, so that a burst of failures stays cheap.
         """
         ready = []
@@ -173,9 +174,9 @@ class Tracer:
             links = (trace.leader.context(),) if trace.leader is not None else ()
             root = Span(
                 self.process, trace_id, own_id, trace.parent_id, name, Kind.SERVER, start_ns, end_ns, attributes, error,
-                trace.state, (), links,
+                trace.state, (), links, shared,
             )  # fmt: skip
-            spans = [root, *_children(trace, root, timing)]
+            spans = [root, *_children(trace, root, timing)] if trace.stages or timing is not None else [root]
             for queue in ready:
                 queue.put(spans)
 

@@ -77,7 +77,8 @@ def run_spans(
 
     yield span("queue", parent_id, queued, start, {})
     batch = span("batch", parent_id, start, end, sizes)
-    yield batch._replace(links=_links(timing))
+    batch.links = _links(timing)
+    yield batch
     yield span("onnxruntime run", batch.span_id, run, end, {"ringmesh.provider": timing.provider})
 
 

@@ -1,17 +1,19 @@
 import asyncio
+import json
+from types import MappingProxyType
 
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from services.runtime.telemetry.span_export import _QUEUE, Collector, SpanFolder, SpanQueue
-from services.runtime.telemetry.spans import Event, Kind, Process, Span
+from services.runtime.telemetry.spans import Event, Kind, Process, SharedAttributes, Span
 
 ROUTER = Process("router", "r1")
 
 
-def span(name="call", **more):
-    return Span(ROUTER, "ab" * 16, "cd" * 8, "ef" * 8, name, Kind.SERVER, 10, 20, {"n": 1, "yes": True}, **more)
+def span(name="call", process=ROUTER, attributes=MappingProxyType({"n": 1, "yes": True}), **more):
+    return Span(process, "ab" * 16, "cd" * 8, "ef" * 8, name, Kind.SERVER, 10, 20, attributes, **more)
 
 
 class Destination:
@@ -37,6 +39,13 @@ class Destination:
 
     async def close(self):
         pass
+
+
+def test_a_span_has_the_attributes_that_it_shares_with_others_and_its_own():
+    one = span(attributes={"n": 1}, shared=SharedAttributes({"model": "m", "yes": True}))
+    read = trace_pb2.Span.FromString(one.to_otlp()).attributes
+    assert [a.key for a in read] == ["model", "yes", "n"]
+    assert json.loads(one.to_json())["attributes"] == {"model": "m", "yes": True, "n": 1}
 
 
 async def test_what_waits_is_sent_at_the_end():
@@ -112,7 +121,7 @@ def test_otlp_bytes_are_the_span():
     ],
 )
 def test_an_attribute_has_the_type_and_value_that_it_was_given(value, kind):
-    (read,) = trace_pb2.Span.FromString(span()._replace(attributes={"key": value}).to_otlp()).attributes
+    (read,) = trace_pb2.Span.FromString(span(attributes={"key": value}).to_otlp()).attributes
     assert (read.key, read.value.WhichOneof("value"), getattr(read.value, kind)) == ("key", kind, value)
 
 
@@ -124,7 +133,7 @@ async def test_a_request_to_the_collector_groups_spans_by_their_process():
         sent.append(trace_service_pb2.ExportTraceServiceRequest.FromString(request))
 
     collector._export = export
-    other = span("theirs")._replace(process=Process("worker", "w1"))
+    other = span("theirs", Process("worker", "w1"))
     assert await collector.send([collector.pack(s) for s in (span("a"), other, span("b"))]) == "sent"
     found = {
         {a.key: a.value.string_value for a in group.resource.attributes}["service.name"]: [
