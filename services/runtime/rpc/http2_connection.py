@@ -164,7 +164,7 @@ class Connection(asyncio.Protocol):
         self._window: i64 = h2.DEFAULT_WINDOW
         self._stream_window: i64 = h2.DEFAULT_WINDOW
         self._frame_size: i64 = h2.DEFAULT_FRAME
-        self._out: list[bytes] = []
+        self._out: list[bytes | memoryview] = []
         # Bytes of `_out`.
         self._pending: i64 = 0
         # Whether `_out` is written at the end of the current chunk, or by a callback.
@@ -852,7 +852,7 @@ class Connection(asyncio.Protocol):
         if is_done and stream.trailers is not None:
             out.append(self._head_frames(h2.END_STREAM, stream.number, stream.trailers))
         if out:
-            self._out.append(b"".join(out))
+            self._out.extend(out)
             self._flush()
         self._blocked.pop(stream.number, None)
         if is_done:
