@@ -77,6 +77,9 @@ class Server(Protocol):
     max_message_bytes: int
     max_metadata_bytes: int
     max_streams: int
+    # Of requests that came in parts, of calls that have not ended; and their limit.
+    request_bytes: int
+    max_request_bytes: int
 
     def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[Any]:
         """Reads headers and finds the method."""
@@ -117,6 +120,8 @@ class Stream:
         self.parts: list[bytes] = []
         self.size: i64 = 0
         self.length: i64 = -1
+        # Bytes of it that `request_bytes` of the server counts.
+        self.held: i64 = 0
         self.is_compressed = False
         self.has_message = False
         self.messages: Messages | None = None
@@ -159,7 +164,7 @@ class Connection(asyncio.Protocol):
         self._window: i64 = h2.DEFAULT_WINDOW
         self._stream_window: i64 = h2.DEFAULT_WINDOW
         self._frame_size: i64 = h2.DEFAULT_FRAME
-        self._out: list[bytes] = []
+        self._out: list[bytes | memoryview] = []
         # Bytes of `_out`.
         self._pending: i64 = 0
         # Whether `_out` is written at the end of the current chunk, or by a callback.
@@ -169,6 +174,8 @@ class Connection(asyncio.Protocol):
         self._is_sending_soon = False
         self._is_leaving = False
         self._is_closing = False
+        # Bytes that came after that.
+        self.ignored: i64 = 0
         # Bytes of streams that wait, and all bytes given to the socket.
         self._unsent: i64 = 0
         self._written: i64 = 0
@@ -205,6 +212,10 @@ class Connection(asyncio.Protocol):
         self._heads.clear()
         self._server.lost(self)
 
+    def eof_received(self) -> None:
+        """The client sends no more: it has left, or is about to."""
+        self.close()
+
     def pause_writing(self) -> None:
         self._is_paused = True
 
@@ -225,6 +236,11 @@ class Connection(asyncio.Protocol):
         return self._written - (0 if transport is None else transport.get_write_buffer_size())
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a call is on its way here, under way, or its answer not sent."""
+        return bool(self._streams) or self.unsent > 0
+
+    @property
     def is_asked(self) -> bool:
         """Whether the client was asked to leave."""
         return self._is_leaving
@@ -241,12 +257,25 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Ends the connection when what was written has left, or after some seconds."""
-        self._is_closing = True
         if self._transport is not None:
             self._flush()
             self._drop_timer()
             self._timer = asyncio.get_running_loop().call_later(_CLOSE_SECONDS, self.abort)
             self._transport.close()
+        self._is_closing = True
+
+    def finish(self) -> None:
+        """Sends no more, and leaves it to the client to end the connection when it has read all.
+
+        If this end closed it, what the client sends while it reads, such as WINDOW_UPDATE, would make the kernel drop
+        the rest.
+        """
+        for stream in list(self._streams.values()):
+            self._close(stream, is_cancelled=True)
+        if self._transport is not None and not self._is_closing and not self._transport.is_closing():
+            self._flush()
+            self._transport.write_eof()
+        self._is_closing = True
 
     def _drop_timer(self) -> None:
         if self._timer is not None:
@@ -271,7 +300,7 @@ class Connection(asyncio.Protocol):
             data = b"".join(self._out)
             self._out.clear()
             self._pending = 0
-            if self._transport is not None and not self._transport.is_closing():
+            if self._transport is not None and not (self._is_closing or self._transport.is_closing()):
                 self._written += len(data)
                 self._transport.write(data)
 
@@ -285,6 +314,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
+            self.ignored += len(data)
             return
         self._is_reading = True
         try:
@@ -319,9 +349,11 @@ class Connection(asyncio.Protocol):
         if not self._has_begun:
             if not (data.startswith(h2.PREFACE) or h2.PREFACE.startswith(data)):
                 raise h2.ProtocolError(h2.PROTOCOL_ERROR, "this is a gRPC server: it speaks HTTP/2 without TLS")
-            if size < len(h2.PREFACE):
+            if size < len(h2.PREFACE) + h2.HEAD_BYTES:
                 self._rest = data
                 return
+            if data[len(h2.PREFACE) + 3] != h2.SETTINGS or data[len(h2.PREFACE) + 4] & h2.ACK:
+                raise h2.ProtocolError(h2.PROTOCOL_ERROR, "the first frame has no settings")
             self._has_begun = True
             self._drop_timer()
             at = len(h2.PREFACE)
@@ -506,7 +538,7 @@ class Connection(asyncio.Protocol):
             self.fail(stream, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {head.path[:_PATH_LETTERS]}")
         else:
             if head.method.takes_stream:
-                stream.messages = Messages(partial(self.grant, stream), self._server.max_message_bytes)
+                stream.messages = Messages(partial(self.take, stream), self._server.max_message_bytes)
                 self._server.begin(stream, b"")
             if stream.is_received and not stream.is_closed:
                 self._end_request(stream)
@@ -566,10 +598,31 @@ class Connection(asyncio.Protocol):
                 stream.is_received = True
                 self._server.begin(stream, data[at + PREFIX_BYTES : end])
                 return
+        if not self._hold(stream, end - at):
+            return
         self._add_data(stream, data, at, end)
         if is_last and not stream.is_closed:
             self._end_request(stream)
         elif stream.room < _STREAM_WINDOW // 2 and not stream.is_closed:
+            self.grant(stream)
+
+    def _hold(self, stream: Stream, size: i64) -> bool:
+        """Counts bytes of a request; False: there are too many of all, and the call was refused."""
+        server = self._server
+        if server.request_bytes + size > server.max_request_bytes:
+            self._refuse(
+                stream, grpc.StatusCode.RESOURCE_EXHAUSTED, "the requests under way are too large together; retry later"
+            )
+            return False
+        stream.held += size
+        server.request_bytes += size
+        return True
+
+    def take(self, stream: Stream, size: int) -> None:
+        """The reader of a stream has taken `size` bytes."""
+        if not stream.is_closed:
+            stream.held -= size
+            self._server.request_bytes -= size
             self.grant(stream)
 
     def _add_data(self, stream: Stream, data: bytes, at: i64, end: i64) -> None:
@@ -641,7 +694,9 @@ class Connection(asyncio.Protocol):
             joining = asyncio.get_running_loop().run_in_executor(None, self._message, stream)
             joining.add_done_callback(partial(self._begin_late, stream))
         else:
-            self._server.begin(stream, b"".join(stream.parts))
+            message = b"".join(stream.parts)
+            stream.parts = []
+            self._server.begin(stream, message)
 
     def _begin_late(self, stream: Stream, joining: asyncio.Future[bytes]) -> None:
         stream.parts = []
@@ -651,7 +706,7 @@ class Connection(asyncio.Protocol):
             refused = faults.reported(log, "a message could not be read", error)
             self.fail(stream, refused.code, refused.message)
             return
-        if stream.is_closed:
+        if stream.is_closed or not self._hold(stream, len(message) - stream.size):
             return
         self._server.begin(stream, message)
         self._server.turn_over()
@@ -797,7 +852,7 @@ class Connection(asyncio.Protocol):
         if is_done and stream.trailers is not None:
             out.append(self._head_frames(h2.END_STREAM, stream.number, stream.trailers))
         if out:
-            self._out.append(b"".join(out))
+            self._out.extend(out)
             self._flush()
         self._blocked.pop(stream.number, None)
         if is_done:
@@ -852,6 +907,8 @@ class Connection(asyncio.Protocol):
         stream.unsent_bytes = 0
         stream.unsent.clear()
         stream.parts = []
+        self._server.request_bytes -= stream.held
+        stream.held = 0
         _wake(stream)
         cancel, stream.cancel = stream.cancel, None
         if is_cancelled:

@@ -17,8 +17,8 @@ PREFIX_BYTES: Final = 5
 class Messages:
     """The messages of a request stream, for one reader."""
 
-    def __init__(self, taken: Callable[[], None], limit: int) -> None:
-        """Calls `taken` after each message that the reader takes. `limit`: of an expanded message, in bytes."""
+    def __init__(self, taken: Callable[[int], None], limit: int) -> None:
+        """Calls `taken` with the bytes of each message that the reader takes. `limit`: of one that is expanded."""
         self._taken = taken
         self._limit = limit
         # Each with whether it is compressed: it expands when it is read.
@@ -52,8 +52,9 @@ class Messages:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         message, is_compressed = self._messages.popleft()
-        self.bytes -= len(message) + PREFIX_BYTES
-        self._taken()
+        size = len(message) + PREFIX_BYTES
+        self.bytes -= size
+        self._taken(size)
         if is_compressed:
             return await asyncio.get_running_loop().run_in_executor(None, inflated, message, self._limit)
         return message

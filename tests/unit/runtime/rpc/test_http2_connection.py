@@ -247,7 +247,7 @@ class Client:
         connection, server = self.connection, self.server
         assert (connection._streams, connection._blocked, connection._out) == ({}, {}, [])
         assert (connection._unsent, connection._block) == (0, [])
-        assert (server._under_way, server._suspended) == (set(), [])
+        assert (server._under_way, server._suspended, server.request_bytes) == (set(), [], 0)
 
     async def leave(self):
         self.transport.close()
@@ -709,3 +709,60 @@ async def test_a_connection_that_is_lost_holds_no_part_of_a_request():
     await client.leave()
     connection = client.connection
     assert (connection._rest, connection._block, connection._heads) == (b"", [], {})
+
+
+@pytest.mark.parametrize("first", [frame(h2.PING, 0, 0, bytes(8)), frame(h2.SETTINGS, h2.ACK, 0), call(1, "Echo")])
+async def test_a_client_says_its_settings_first(first):
+    client = Client()
+    client.send(h2.PREFACE + first)
+    client.read()
+    assert (client.goaway, client.status) == (1, {})
+    await client.leave()
+
+
+@pytest.mark.parametrize("method", ["Echo", "Never"])
+async def test_a_request_is_refused_while_those_under_way_are_too_large_together(method):
+    client = await connected()
+    client.server.max_request_bytes = 50_000
+    part = message(bytes(40_000))[:30_000]
+    for number in (1, 3):
+        client.send(frame(h2.HEADERS, h2.END_HEADERS, number, head(method)) + frame(h2.DATA, 0, number, part))
+    await client.turns()
+    assert client.status == {3: 8}
+    client.send(frame(h2.RST_STREAM, 0, 1, struct.pack(">I", 8)))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 5, head("Echo")) + frame(h2.DATA, 0, 5, part))
+    client.send(frame(h2.DATA, h2.END_STREAM, 5, message(bytes(40_000))[30_000:]))
+    await client.turns()
+    assert client.status == {3: 8, 5: 0}
+    await client.leave()
+
+
+async def test_messages_that_were_read_make_room_for_others():
+    client = await connected()
+    client.server.max_request_bytes = 100_000
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Chat")))
+    for _ in range(4):
+        client.send(frame(h2.DATA, 0, 1, message(bytes(60_000))))
+        await client.turns()
+    client.send(frame(h2.DATA, h2.END_STREAM, 1))
+    await client.turns()
+    assert client.status == {}
+    client.grant(0, 1 << 20)
+    client.grant(1, 1 << 20)
+    await client.turns()
+    assert client.status == {1: 0}
+    await client.leave()
+
+
+async def test_what_a_message_expands_to_counts():
+    client = await connected()
+    client.server.max_request_bytes = 100_000
+    body = message(gzip.compress(bytes(200_000)), flag=1)
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Echo", ("grpc-encoding", "gzip"))))
+    client.send(frame(h2.DATA, h2.END_STREAM, 1, body))
+    async with asyncio.timeout(60):
+        while not client.status:
+            await asyncio.sleep(0.001)
+            client.read()
+    assert client.status == {1: 8}
+    await client.leave()
