@@ -1,6 +1,7 @@
 """Fast paths of the native engine: coroutines without a task."""
 
 import asyncio
+import socket
 import struct
 import time
 from functools import partial
@@ -11,9 +12,11 @@ import pytest
 from services.runtime.driver import ON_LOOP
 from services.runtime.errors import ResourceExhaustedError
 from services.runtime.oip.protocol import fast_path_handler
+from services.runtime.rpc import http2_connection, native_server
+from services.runtime.rpc.http2_frames import DATA, END_STREAM, INITIAL_WINDOW_SIZE, RST_STREAM, WINDOW_UPDATE
 from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import Answer
-from tests.system.raw_http2 import RST_STREAM, RawClient, frame
+from tests.system.raw_http2 import EMPTY, RawClient, frame
 
 NAME = "test.FastPaths"
 CALL = [
@@ -197,22 +200,102 @@ async def test_a_drain_waits_for_what_is_under_way_and_ends_the_rest(grace):
         assert cancelled == [b"slow"]
 
 
-async def test_a_draining_server_closes_calls_that_had_not_reached_the_event_loop():
-    released = []
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
 
+
+def raw_client(server, *settings):
+    return RawClient(server._sockets[0].getsockname()[1], settings)
+
+
+async def test_a_draining_server_answers_a_call_whose_request_is_on_its_way():
+    server, channel = await serve(echo)
+    channel.close()
+    with raw_client(server) as client:
+        client.headers(1, [(":path", f"/{NAME}/Call"), *CALL])
+        client.send(frame(DATA, 0, 1, EMPTY[:2]))
+        await until(lambda: any(connection._streams for connection in server._connections))
+        stopping = asyncio.create_task(server.stop(60))
+        await until(lambda: server.max_streams == 0)
+        client.send(frame(DATA, END_STREAM, 1, EMPTY[2:]))
+        assert await asyncio.to_thread(client.outcome, 1) == 0
+        await stopping
+
+
+async def test_a_draining_server_waits_for_the_readers_of_its_answers(monkeypatch):
+    monkeypatch.setattr(native_server, "_FLUSH_SECONDS", 0.0)
+    server, channel = await serve(echo)
+    channel.close()
+    with raw_client(server, (INITIAL_WINDOW_SIZE, 0)) as client:
+        client.call(1, [(":path", f"/{NAME}/Call"), *CALL])
+        await until(lambda: any(connection._blocked for connection in server._connections))
+        stopping = asyncio.create_task(server.stop(60))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert server.max_streams == 0
+        client.send(frame(WINDOW_UPDATE, 0, 1, struct.pack(">I", len(EMPTY))))
+        assert await asyncio.to_thread(client.outcome, 1) == 0
+        await stopping
+
+
+async def test_what_a_client_sends_as_it_reads_its_last_answer_does_not_lose_that():
     async def path(data, metadata, deadline):
-        server._draining = True  # from now on
-        try:
-            await ON_LOOP
-            return Answer(data, ())
-        finally:
-            released.append(data)
+        return Answer(bytes(400_000), ())
 
     server, channel = await serve(path)
-    with channel:
-        error = await asyncio.to_thread(channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60).exception, 60)
-        await server.stop(0)
-        assert (error.code(), released) == (grpc.StatusCode.UNAVAILABLE, [b"x"])
+    channel.close()
+    with raw_client(server, (INITIAL_WINDOW_SIZE, 1 << 20)) as client:
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        client.send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 20)))
+        client.call(1, [(":path", f"/{NAME}/Call"), *CALL])
+        await until(lambda: any(connection.sent > 400_000 for connection in server._connections))
+        stopping = asyncio.create_task(server.stop(60))
+        await until(lambda: all(connection._is_closing for connection in server._connections))
+        for _ in range(2):
+            client.send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1)))
+        assert await asyncio.to_thread(client.outcome, 1) == 0
+    await stopping
+
+
+async def test_a_draining_server_does_not_begin_another_call(grace):
+    is_over = asyncio.Event()
+
+    async def path(data, metadata, deadline):
+        await ON_LOOP
+        await is_over.wait()
+        return Answer(data, ())
+
+    server, channel = await serve(path)
+    channel.close()
+    with raw_client(server) as client:
+        client.call(1, [(":path", f"/{NAME}/Call"), *CALL])
+        await until(lambda: server._under_way)
+        stopping = await grace.begin(server)
+        client.call(3, [(":path", f"/{NAME}/Call"), *CALL])
+        refused = await asyncio.to_thread(client.until, lambda got: got.kind == RST_STREAM)
+        assert (refused.stream, refused.payload) == (3, struct.pack(">I", 7))  # REFUSED_STREAM
+        is_over.set()
+        assert await asyncio.to_thread(client.outcome, 1) == 0
+        await stopping
+
+
+async def test_a_client_that_has_left_and_reads_nothing_is_cut(monkeypatch):
+    monkeypatch.setattr(http2_connection, "_CLOSE_SECONDS", 0.0)
+
+    async def path(data, metadata, deadline):
+        return Answer(bytes(64 << 20), ())
+
+    server, channel = await serve(path)
+    channel.close()
+    with raw_client(server, (INITIAL_WINDOW_SIZE, 2**31 - 1)) as client:
+        client.send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
+        client.call(1, [(":path", f"/{NAME}/Call"), *CALL])
+        await until(lambda: any(connection._is_paused for connection in server._connections))
+        client.socket.shutdown(socket.SHUT_WR)
+        await until(lambda: not server._connections)
+    await server.stop(0)
 
 
 @pytest.mark.parametrize("where", ["received", "event loop"])

@@ -50,8 +50,13 @@ _BATCH: Final = 64
 _AGE_SPREAD: Final = 0.1
 # Delay of `afterwards` callbacks, to batch them.
 _AFTERWARDS_SECONDS: Final = 0.02
-# How long a server that stops waits for clients to take its last answers.
+# Bytes of requests that came in parts, of all calls together: at least this, and so many of the largest.
+_REQUEST_BYTES: Final = 2 << 30
+_LARGEST_REQUESTS: Final = 8
+# How long a server that stops waits for clients to take the refusals of what it has ended; and, after that, for them to
+# leave, if nothing comes from any of them meanwhile.
 _FLUSH_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 0.01
 # A client that is silent for the first time is probed so often; it is gone if it does not answer the probes.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 # Of an address that this host does not have, such as ::1 where IPv6 is off.
@@ -80,6 +85,8 @@ class NativeServer:
         self.max_message_bytes = max_message_bytes
         self.max_metadata_bytes = max_metadata_bytes
         self.max_streams = MAX_STREAMS
+        self.request_bytes = 0
+        self.max_request_bytes = max(_REQUEST_BYTES, _LARGEST_REQUESTS * max_message_bytes)
         self.backlog = Backlog(max_unread_bytes, self._ended_bytes)
         self._share_port = share_port
         self._paths = paths
@@ -91,19 +98,15 @@ class NativeServer:
         # Connections that have been accepted and are not open yet.
         self._opening: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        # With the numbers by which channelz calls them.
-        self._connections: dict[Connection, int] = {}
+        # With the number by which channelz calls each, when it began, and what a greatest age is multiplied by for it.
+        self._connections: dict[Connection, tuple[int, float, float]] = {}
         self._opened = 0
-        # By connection: when it began, and the share of a greatest age by which its own is longer.
-        self._began: dict[Connection, tuple[float, float]] = {}
-        self._draining = False
         self._suspended: list[_Suspended] = []
         # Pending `afterwards` callbacks, and whether the event loop is scheduled to run them.
         self._afterwards: deque[Callable[[], None]] = deque()
         self._is_scheduled = False
-        # The calls that have begun, except those that are answered at once; `_idle` is set when there are none.
+        # The calls that have begun, except those that are answered at once.
         self._under_way: set[Stream] = set()
-        self._idle = asyncio.Event()
         # Bytes of answers since the start.
         self._handed = 0
 
@@ -138,9 +141,11 @@ class NativeServer:
             self._listen(listening)
 
     async def stop(self, grace: float | None) -> None:
-        """Refuses new calls, waits for those in flight, and closes after their answers are sent."""
-        self._draining = True
+        """Refuses new calls, waits for those that have begun to come, and closes when their answers are sent."""
+        # Clients may make them again elsewhere: REFUSED_STREAM says that nothing was done.
+        self.max_streams = 0
         await self.stop_listening()
+        end = time.monotonic() + (grace or 0)
         waiting = asyncio.create_task(self._be_idle())
         await asyncio.wait([waiting], timeout=grace or 0)
         waiting.cancel()
@@ -149,15 +154,23 @@ class NativeServer:
             stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is stopping")
             if cancel is not None:
                 cancel()
-        end = time.monotonic() + _FLUSH_SECONDS
-        while any(connection.unsent for connection in self._connections) and time.monotonic() < end:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        flushed = time.monotonic() + _FLUSH_SECONDS
+        while any(connection.unsent for connection in self._connections) and time.monotonic() < flushed:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_SECONDS)
         for connection in list(self._connections):
-            connection.close()
-        while self._connections and time.monotonic() < end:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+            connection.finish()
+        await self._be_left(max(end, flushed))
         for connection in list(self._connections):
             connection.abort()
+
+    async def _be_left(self, end: float) -> None:
+        """Waits until all clients have left, or do nothing, or `end`."""
+        seen, still = (0, 0), end
+        while self._connections and (now := time.monotonic()) < min(end, still):
+            found = len(self._connections), sum([connection.ignored for connection in self._connections])
+            if found != seen:
+                seen, still = found, now + _FLUSH_SECONDS
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _listen(self, listening: socket.socket) -> None:
         if self._loop is not None and listening in self._sockets:
@@ -198,9 +211,8 @@ class NativeServer:
             accepted.close()
 
     async def _be_idle(self) -> None:
-        while self._under_way:
-            self._idle.clear()
-            await self._idle.wait()
+        while self._under_way or any(connection.is_busy for connection in self._connections):  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_SECONDS)
 
     # The connections, as services.runtime.rpc.connections has those of grpcio.
 
@@ -220,9 +232,8 @@ class NativeServer:
 
     async def release(self, now: float, older_than: float = 0.0) -> bool:
         """Asks clients of connections that are `older_than` seconds old to leave; always True."""
-        for connection in list(self._connections):
-            began, more = self._began[connection]
-            if began + more * older_than <= now - older_than and not connection.is_asked:
+        for connection, (_, began, longer) in list(self._connections.items()):
+            if now - began >= older_than * longer and not connection.is_asked:
                 connection.go_away()
         return True
 
@@ -231,7 +242,7 @@ class NativeServer:
 
     def numbered(self) -> list[tuple[int, str]]:
         """Each connection's number, which no other has had, and its client as gRPC names it."""
-        return [(number, connection.peer) for connection, number in self._connections.items()]
+        return [(number, connection.peer) for connection, (number, _, _) in self._connections.items()]
 
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
         """Yields the remote address of each TCP connection, and the bytes that the kernel has taken for it."""
@@ -255,13 +266,11 @@ class NativeServer:
 
     def opened(self, connection: Connection) -> None:
         self._opened += 1
-        self._connections[connection] = self._opened
         # Randomized, so that connections that began together do not end together.
-        self._began[connection] = time.monotonic(), random.uniform(0, _AGE_SPREAD)
+        self._connections[connection] = self._opened, time.monotonic(), random.uniform(1, 1 + _AGE_SPREAD)
 
     def lost(self, connection: Connection) -> None:
         self._connections.pop(connection, None)
-        self._began.pop(connection, None)
 
     def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[Method]:
         head: RequestHead[Method] = read_head(fields, size)
@@ -272,9 +281,6 @@ class NativeServer:
         head: RequestHead[Method] = stream.head
         method = head.method
         assert method is not None
-        if self._draining:
-            stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
-            return
         if method.path is None:
             self._start_task(stream, method, message)
             return
@@ -304,9 +310,8 @@ class NativeServer:
         if self._suspended:
             suspended, self._suspended = self._suspended, []
             for coroutine, stream in suspended:
-                if stream.is_closed or self._draining:
+                if stream.is_closed:
                     _close(coroutine)
-                    stream.connection.fail(stream, grpc.StatusCode.UNAVAILABLE, "the server is draining")
                     continue
                 driver = Driver(coroutine, partial(self._end, stream))
                 stream.cancel = driver.cancel
@@ -330,8 +335,6 @@ class NativeServer:
     def _ended(self, stream: Stream) -> None:
         stream.cancel = None
         self._under_way.discard(stream)
-        if self._draining and not self._under_way:
-            self._idle.set()
 
     def _do_afterwards(self) -> None:
         """Runs callbacks in batches, so that they do not block the event loop for long."""
