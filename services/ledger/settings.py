@@ -57,7 +57,9 @@ class LedgerSettings(ServiceSettings):
     @model_validator(mode="after")
     def _keeps_in_order(self) -> LedgerSettings:
         if not self.minute_days <= self.usage_days <= self.rollup_days:
-            raise ValueError("MINUTE_DAYS is at most USAGE_DAYS, and that at most ROLLUP_DAYS")
+            raise ValueError(
+                "RINGMESH_MINUTE_DAYS is at most RINGMESH_USAGE_DAYS, and that at most RINGMESH_ROLLUP_DAYS"
+            )
         return self
 
     @property

@@ -68,12 +68,26 @@ def run_here(monkeypatch, capsys):
         ("router", {"CONFIG": "/nowhere.toml"}, ["RINGMESH_CONFIG", "/nowhere.toml"]),
         ("services.inference", {"MODELS": "http://x/models"}, ["RINGMESH_MODELS: a model repository is", "https"]),
         ("cache", {"OTLP_ENDPOINT": "collector"}, ["RINGMESH_OTLP_ENDPOINT", "http://host:4317"]),
+        ("router", {"ADDRESS": "127.0.0.1"}, ["RINGMESH_ADDRESS: must be host:port or unix:/path", "'127.0.0.1'"]),
+        ("router", {"METRICS_ADDRESS": "unix:/m"}, ["RINGMESH_METRICS_ADDRESS: must be host:port, got 'unix:/m'"]),
+        ("cache", {"METRICS_ADDRESS": "127.0.0.1:99999"}, ["RINGMESH_METRICS_ADDRESS: must be host:port"]),
+        ("router", {"LEDGER_ADDRESS": "ledger"}, ["RINGMESH_LEDGER_ADDRESS: must be host:port", "'ledger'"]),
+        ("router", {"CACHE_QUOTAS": "acme=2"}, ["RINGMESH_CACHE_QUOTAS: ", "got '2'"]),
+        ("router", {"ADMIN_NETWORKS": "10.0.0.1/8"}, ["RINGMESH_ADMIN_NETWORKS: ", "got '10.0.0.1/8'"]),
     ],
 )
 def test_a_wrong_setting_is_told_in_one_line_and_exits_with_2(run_here, module, environment, words):
     code, printed = run_here(module, **environment)
     assert code == 2, printed
     in_one_line(printed, words)
+
+
+def test_settings_that_contradict_each_other_are_told_without_the_others(run_here):
+    secrets = {"KEY_SECRET": "hidden", "DATABASE_URL": "postgresql://u:hidden@h/db"}
+    code, printed = run_here("services.ledger", MINUTE_DAYS="40", **secrets)
+    assert code == 2
+    in_one_line(printed, ["ledger: RINGMESH_MINUTE_DAYS is at most RINGMESH_USAGE_DAYS"])
+    assert "hidden" not in printed
 
 
 @pytest.mark.parametrize(

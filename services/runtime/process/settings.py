@@ -38,11 +38,11 @@ from services.runtime.telemetry.tracing import Tracer
 _SECRET = ("SECRET", "URL", "KEY", "MODELS", "ENDPOINT")
 
 
-def is_host_port(address: str) -> bool:
-    """Whether a process can be called there, as far as the text tells."""
+def is_host_port(address: str, lowest: int = 1) -> bool:
+    """Whether a process can be called there, as far as the text tells. `lowest`: 0 where a port is to be chosen."""
     host, _, port = address.rpartition(":")
     is_number = port.isascii() and port.isdecimal() and len(port) <= 5
-    return bool(host) and " " not in host and is_number and 0 < int(port) < 1 << 16
+    return bool(host) and " " not in host and is_number and lowest <= int(port) < 1 << 16
 
 
 def split(value: object) -> object:
@@ -121,6 +121,14 @@ class ServiceSettings(BaseSettings):
         if name.endswith("_seconds"):
             return units.parse_seconds(value)
         return units.parse_bytes(value) if name.endswith(("_bytes", "_bytes_per_second")) else value
+
+    @field_validator("address", "metrics_address", "cache_address", "ledger_address", check_fields=False)
+    @classmethod
+    def _check_address(cls, value: str | None, field: ValidationInfo) -> str | None:
+        is_own, has_socket = field.field_name in ("address", "metrics_address"), field.field_name != "metrics_address"
+        if value and not (is_host_port(value, 0 if is_own else 1) or (has_socket and value.startswith("unix:/"))):
+            raise ValueError("must be host:port" + (" or unix:/path" if has_socket else ""))
+        return value
 
     @field_validator("otlp_endpoint")
     @classmethod
@@ -245,7 +253,10 @@ def describe(error: ValidationError) -> str:
     problems = []
     for problem in error.errors():
         _, message = field_and_fault(problem)
-        name = "_".join(str(part) for part in problem["loc"]).upper()
+        if not problem["loc"]:  # of several settings together: the input is all settings
+            problems.append(message)
+            continue
+        name = str(problem["loc"][0]).upper()
         secret = problem["type"] == "extra_forbidden" or any(word in name for word in _SECRET)
         problems.append(f"RINGMESH_{name}: {message}" + ("" if secret else f", got {problem['input']!r}"))
     return "; ".join(problems)
