@@ -32,8 +32,6 @@ _MIN_STALE_SLOTS = 1024
 class LocalTier:
     """Entries by key, at most `capacity_bytes` including keys and overhead.
 
-    Only the event loop's thread changes the tier; other threads can call `get` and `peek`.
-
     A sixteenth of the capacity is headroom for entries that arrive faster than they are evicted, because each call
     evicts only a few. An entry larger than the headroom is not stored.
     """

@@ -33,7 +33,7 @@ class Seen:
 
 
 class KeySamples:
-    """Keys whose first byte is less than `below` are to be added. Any thread may add."""
+    """Keys whose first byte is less than `below` are to be added."""
 
     def __init__(self) -> None:
         self.below = _FIRST_BELOW
@@ -49,13 +49,12 @@ class KeySamples:
             seen = self._seen[name] = Seen(at_ms, entry)
         seen.requests += 1
 
-    def take(self) -> dict[SampledKey, Seen]:
-        """What was added since the last call. A thread that is adding now may still add to it, for an instant."""
-        taken, self._seen = self._seen, {}
-        return taken
+    def take(self) -> tuple[dict[SampledKey, Seen], int]:
+        """At most about _MOST of what was added since the last call, and the threshold that its keys are below.
 
-    def thinned(self, taken: dict[SampledKey, Seen]) -> tuple[dict[SampledKey, Seen], int]:
-        """At most about _MOST of `taken`, and the threshold that they are below; adjusts the one for what comes."""
+        Adjusts the threshold for what comes.
+        """
+        taken, self._seen = self._seen, {}
         below = self.below
         while len(taken) > _MOST and below > 1:
             below //= 2

@@ -57,7 +57,7 @@ class Fold:
 
 
 class Meter:
-    """Collects records until `take`. Charges `budgets`. Any thread may count.
+    """Collects records until `take`. Charges `budgets`.
 
     Callers may invent tenants: the first `most_tenants` of a UTC day, and those that have a budget, keep their names.
 
@@ -208,7 +208,7 @@ class Meter:
         return labels[0], labels[1], labels[2], OTHER_TENANTS, labels[4], labels[5]
 
     def take(self) -> tuple[list[Record], dict[LabelValues, Fold]]:
-        """What was counted since the last call. A thread that is counting now may still add to it, for an instant."""
+        """What was counted since the last call."""
         taken = self._records, self._folds
         self._records, self._folds = [], {}
         return taken

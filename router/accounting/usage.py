@@ -31,8 +31,6 @@ UNNAMED = Family(
 
 # What a router counts reaches its spool within a second, so that is the most that is lost if it is killed.
 _FLUSH_SECONDS: Final = 0.8
-# After a thread read the meter's lists, it adds to them within microseconds.
-_COUNTING_SECONDS: Final = 0.01
 # An idle router reports this often that workers are up.
 _UPTIME_SECONDS: Final = 10.0
 _MOST_GAP_SECONDS: Final = 60
@@ -121,9 +119,7 @@ class Usage:
             self._budgets.delivered(self._marks)
         self._marks_before, self._marks = self._marks, marks
         records, folds = self._meter.take()
-        taken = self._meter.samples.take()
-        await asyncio.sleep(_COUNTING_SECONDS)
-        keys, below = self._meter.samples.thinned(taken)
+        keys, below = self._meter.samples.take()
         now = self._clock()
         self._add_uptime(int(now))
         # The clock may have been set back since: then what is due is farther away than it ever is.

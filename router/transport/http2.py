@@ -11,41 +11,17 @@ import asyncio
 import struct
 from collections import deque
 from collections.abc import Callable, Mapping
-from enum import IntEnum
 from typing import cast
 
-import hpack
+from services.runtime.rpc import http2_frames as h2
+from services.runtime.rpc.header_blocks import HeaderDecoder
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DEFAULT_WINDOW = 65_535
-_DEFAULT_FRAME = 16_384
-_MAX_WINDOW = 2**31 - 1
 # Bytes received on the connection before a WINDOW_UPDATE is sent.
 _OUR_WINDOW = 1 << 30
 _LARGEST_FRAME_TAKEN = 1 << 20
+_MAX_HEADER_BYTES = 1 << 16
 # Maximum number of decoded header blocks kept. A server has few, unless its metadata differs each time.
 _MAX_BLOCKS = 256
-
-
-class Frame(IntEnum):
-    """Frame types of RFC 9113, section 6; others are skipped."""
-
-    DATA = 0
-    HEADERS = 1
-    RST_STREAM = 3
-    SETTINGS = 4
-    PING = 6
-    GOAWAY = 7
-    WINDOW_UPDATE = 8
-    CONTINUATION = 9
-
-
-_END_STREAM = _ACK = 0x1
-_END_HEADERS = 0x4
-_PADDED = 0x8
-_PRIORITY = 0x20
-_HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 1, 2, 3, 4, 5
-_CANCEL = 8
 
 
 class RequestError(Exception):
@@ -86,15 +62,16 @@ class Connection(asyncio.Protocol):
         self._received = bytearray()
         self._streams: dict[int, Stream] = {}
         # Concurrent streams that the server allows, open streams, and requests that wait for a stream.
-        self._max_streams = _MAX_WINDOW
+        self._max_streams = h2.MAX
         self._open_streams = 0
         self._queued: deque[tuple[int, bytes, bytes]] = deque()
         self._next_id = 1
-        self._window = _DEFAULT_WINDOW
-        self._stream_window = _DEFAULT_WINDOW
-        self._frame_size = _DEFAULT_FRAME
+        self._window = h2.DEFAULT_WINDOW
+        self._stream_window = h2.DEFAULT_WINDOW
+        self._frame_size = h2.DEFAULT_FRAME
         self._unacknowledged = 0
-        self._decoder = hpack.Decoder()
+        self._decoder = HeaderDecoder(_MAX_HEADER_BYTES)
+        # Decoded header blocks, for the current table of the decoder.
         self._blocks: dict[bytes, Mapping[str, str]] = {}
         self._block = bytearray()
         self._block_flags = 0
@@ -105,7 +82,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        return self._transport is not None and not self._leaving and self._next_id < _MAX_WINDOW
+        return self._transport is not None and not self._leaving and self._next_id < h2.MAX
 
     def is_local(self, port: int) -> bool:
         """Whether the peer is `port` on this host, not a proxy: both ends of the connection have the same address."""
@@ -118,14 +95,12 @@ class Connection(asyncio.Protocol):
         """Sends preface and settings: no header table, so that each block is self-contained; no push; full windows."""
         self._transport = made = cast("asyncio.Transport", transport)
         settings = (
-            (_HEADER_TABLE_SIZE, 0),
-            (_ENABLE_PUSH, 0),
-            (_INITIAL_WINDOW_SIZE, _MAX_WINDOW),
-            (_MAX_FRAME_SIZE, _LARGEST_FRAME_TAKEN),
+            (h2.HEADER_TABLE_SIZE, 0),
+            (h2.ENABLE_PUSH, 0),
+            (h2.INITIAL_WINDOW_SIZE, h2.MAX),
+            (h2.MAX_FRAME_SIZE, _LARGEST_FRAME_TAKEN),
         )
-        payload = b"".join(struct.pack(">HI", *setting) for setting in settings)
-        room = struct.pack(">I", _MAX_WINDOW - _DEFAULT_WINDOW)
-        made.write(PREFACE + _frame(Frame.SETTINGS, 0, 0, payload) + _frame(Frame.WINDOW_UPDATE, 0, 0, room))
+        made.write(h2.PREFACE + h2.opening(settings))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -149,10 +124,10 @@ class Connection(asyncio.Protocol):
         self._open_streams += 1
         stream = self._streams[number]
         stream.is_open = True
-        head = _frame(Frame.HEADERS, _END_HEADERS, number, headers)
+        head = h2.frame(h2.HEADERS, h2.END_HEADERS, number, headers)
         if len(body) <= min(self._window, stream.window, self._frame_size):
             self._window -= len(body)
-            self._transport.write(b"".join((head, _head(len(body), Frame.DATA, _END_STREAM, number), body)))
+            self._transport.write(b"".join((head, h2.head(len(body), h2.DATA, h2.END_STREAM, number), body)))
         else:
             self._transport.write(head)
             stream.unsent = memoryview(body)
@@ -168,14 +143,14 @@ class Connection(asyncio.Protocol):
         """Cancels a request: resets its stream at the server. `on_end` is not called."""
         stream = self._remove(number)
         if stream is not None and stream.is_open:
-            self._write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
+            self._write(h2.reset(number, h2.CANCEL))
 
     def ping(self, acknowledged: Callable[[], None]) -> Callable[[], object]:
         """Sends a PING and calls `acknowledged` on its acknowledgement. Returns a function that stops the wait."""
         number = self._next_ping
         self._next_ping += 1
         self._pings[number] = acknowledged
-        self._write(_frame(Frame.PING, 0, 0, struct.pack(">Q", number)))
+        self._write(h2.frame(h2.PING, 0, 0, struct.pack(">Q", number)))
         return lambda: self._pings.pop(number, None)
 
     def close(self) -> None:
@@ -192,15 +167,15 @@ class Connection(asyncio.Protocol):
             while len(received) - position >= 9:
                 length = int.from_bytes(received[position : position + 3], "big")
                 if length > _LARGEST_FRAME_TAKEN:
-                    raise ConnectionLostError(f"the server sent a frame of {length} bytes")
+                    raise h2.ProtocolError(h2.FRAME_SIZE_ERROR, f"the server sent a frame of {length} bytes")
                 end = position + 9 + length
                 if len(received) < end:
                     break
                 kind, flags = received[position + 3], received[position + 4]
-                number = int.from_bytes(received[position + 5 : position + 9], "big") & _MAX_WINDOW
+                number = int.from_bytes(received[position + 5 : position + 9], "big") & h2.MAX
                 self._take(kind, flags, number, bytes(received[position + 9 : end]))
                 position = end
-        except (ConnectionLostError, hpack.HPACKError, struct.error, IndexError, UnicodeDecodeError) as error:
+        except (h2.ProtocolError, struct.error) as error:
             self._leaving = True
             self._fail_all(f"the server broke the protocol: {error}")
             if self._transport is not None:
@@ -208,57 +183,51 @@ class Connection(asyncio.Protocol):
         del received[:position]
 
     def _take(self, kind: int, flags: int, number: int, payload: bytes) -> None:
-        if self._block_flags and kind != Frame.CONTINUATION:
-            raise ConnectionLostError("another frame between those of a header block")
-        if kind == Frame.DATA:
+        if self._block_flags and kind != h2.CONTINUATION:
+            raise h2.ProtocolError(h2.PROTOCOL_ERROR, "another frame between those of a header block")
+        if kind == h2.DATA:
             self._take_data(flags, number, payload)
-        elif kind == Frame.HEADERS:
-            if flags & _PADDED:
-                payload = _unpadded(payload)
-            if flags & _PRIORITY:
-                if len(payload) < 5:
-                    raise ConnectionLostError("a frame without its priority")
-                payload = payload[5:]
-            self._take_block(flags, number, payload)
-        elif kind == Frame.CONTINUATION:
-            self._take_block(flags | self._block_flags & _END_STREAM, number, payload)
-        elif kind == Frame.SETTINGS and not flags & _ACK:
+        elif kind == h2.HEADERS:
+            self._take_block(flags, number, h2.fragment(payload, flags))
+        elif kind == h2.CONTINUATION:
+            self._take_block(flags | self._block_flags & h2.END_STREAM, number, payload)
+        elif kind == h2.SETTINGS and not flags & h2.ACK:
             self._take_settings(payload)
-        elif kind == Frame.WINDOW_UPDATE:
-            self._take_room(number, struct.unpack(">I", payload)[0] & _MAX_WINDOW)
-        elif kind == Frame.PING and not flags & _ACK:
-            self._write(_frame(Frame.PING, _ACK, 0, payload))
-        elif kind == Frame.PING:
+        elif kind == h2.WINDOW_UPDATE:
+            self._take_room(number, h2.NUMBER.unpack(payload)[0] & h2.MAX)
+        elif kind == h2.PING and not flags & h2.ACK:
+            self._write(h2.frame(h2.PING, h2.ACK, 0, payload))
+        elif kind == h2.PING:
             acknowledged = self._pings.pop(struct.unpack(">Q", payload)[0], None)
             if acknowledged is not None:
                 acknowledged()
-        elif kind == Frame.RST_STREAM:
-            error = struct.unpack(">I", payload)[0]
+        elif kind == h2.RST_STREAM:
+            error = h2.NUMBER.unpack(payload)[0]
             self._fail(number, RequestError(f"the server gave up the request (HTTP/2 error {error})"))
-        elif kind == Frame.GOAWAY:
+        elif kind == h2.GOAWAY:
             self._take_goaway(payload)
 
     def _take_data(self, flags: int, number: int, payload: bytes) -> None:
         self._unacknowledged += len(payload)
         if self._unacknowledged > _OUR_WINDOW:
-            self._write(_frame(Frame.WINDOW_UPDATE, 0, 0, struct.pack(">I", self._unacknowledged)))
+            self._write(h2.window_update(0, self._unacknowledged))
             self._unacknowledged = 0
         stream = self._streams.get(number)
         if stream is None:  # it was cancelled
             return
-        if flags & _PADDED:
-            payload = _unpadded(payload)
+        if flags & h2.PADDED:
+            payload = h2.unpadded(payload)
         stream.pieces.append(payload)
         stream.size += len(payload)
-        if stream.size > _MAX_WINDOW:
-            raise ConnectionLostError("a response of more than 2 GiB")
-        if flags & _END_STREAM:
+        if stream.size > h2.MAX:
+            raise h2.ProtocolError(h2.PROTOCOL_ERROR, "a response of more than 2 GiB")
+        if flags & h2.END_STREAM:
             self._end(number)
 
     def _take_block(self, flags: int, number: int, part: bytes) -> None:
         self._block += part
-        if not flags & _END_HEADERS:
-            self._block_flags = flags | _END_HEADERS
+        if not flags & h2.END_HEADERS:
+            self._block_flags = flags | h2.END_HEADERS
             return
         block, self._block_flags = bytes(self._block), 0
         self._block.clear()
@@ -266,31 +235,34 @@ class Connection(asyncio.Protocol):
         stream = self._streams.get(number)
         if stream is not None:
             stream.headers.update(headers)
-            if flags & _END_STREAM:
+            if flags & h2.END_STREAM:
                 self._end(number)
 
     def _decode(self, block: bytes) -> Mapping[str, str]:
         headers = self._blocks.get(block)
         if headers is None:
-            headers = {_text(name): _text(value) for name, value in self._decoder.decode(block, raw=True)}
-            # A block can be reused only while the server's header table is empty.
-            if not self._decoder.header_table.dynamic_entries:
-                if len(self._blocks) >= _MAX_BLOCKS:
-                    self._blocks.clear()
+            decoder = self._decoder
+            before = decoder.changes
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in decoder.decode(block)}
+            if decoder.size > _MAX_HEADER_BYTES:
+                raise h2.ProtocolError(h2.ENHANCE_YOUR_CALM, f"the server sent {decoder.size} bytes of headers")
+            if decoder.changes != before or len(self._blocks) >= _MAX_BLOCKS:
+                self._blocks.clear()
+            if decoder.changes == before:
                 self._blocks[block] = headers
         return headers
 
     def _take_settings(self, payload: bytes) -> None:
         for identifier, value in struct.iter_unpack(">HI", payload):
-            if identifier == _INITIAL_WINDOW_SIZE:
+            if identifier == h2.INITIAL_WINDOW_SIZE:
                 more, self._stream_window = value - self._stream_window, value
                 for stream in self._streams.values():
                     stream.window += more
-            elif identifier == _MAX_FRAME_SIZE:
+            elif identifier == h2.MAX_FRAME_SIZE:
                 self._frame_size = value
-            elif identifier == _MAX_CONCURRENT_STREAMS:
+            elif identifier == h2.MAX_CONCURRENT_STREAMS:
                 self._max_streams = value
-        self._write(_frame(Frame.SETTINGS, _ACK, 0, b""))
+        self._write(h2.frame(h2.SETTINGS, h2.ACK, 0, b""))
         self._send_all()
         self._open_queued()
 
@@ -305,7 +277,7 @@ class Connection(asyncio.Protocol):
     def _take_goaway(self, payload: bytes) -> None:
         """Fails the requests that the server has not seen, so they may be sent elsewhere. It finishes the others."""
         self._leaving = True
-        last = struct.unpack_from(">I", payload)[0] & _MAX_WINDOW
+        last = h2.NUMBER.unpack_from(payload)[0] & h2.MAX
         for number in [number for number in self._streams if number > last]:
             self._fail(number, RequestError("the server is leaving"))
         self._close_if_done()
@@ -322,13 +294,13 @@ class Connection(asyncio.Protocol):
             part, stream.unsent = stream.unsent[:size], stream.unsent[size:]
             self._window -= size
             stream.window -= size
-            self._write(_frame(Frame.DATA, 0 if stream.unsent else _END_STREAM, number, part))
+            self._write(h2.head(size, h2.DATA, 0 if stream.unsent else h2.END_STREAM, number) + part)
 
     def _end(self, number: int) -> None:
         stream = self._remove(number)
         assert stream is not None
         if stream.unsent:  # the server has answered without reading the whole body
-            self._write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
+            self._write(h2.reset(number, h2.CANCEL))
         stream.on_end(stream)
         self._close_if_done()
 
@@ -359,23 +331,3 @@ class Connection(asyncio.Protocol):
     def _write(self, data: bytes) -> None:
         if self._transport is not None:
             self._transport.write(data)
-
-
-def _head(length: int, kind: Frame, flags: int, number: int) -> bytes:
-    return struct.pack(">BHBBI", length >> 16, length & 0xFFFF, kind, flags, number)
-
-
-def _frame(kind: Frame, flags: int, number: int, payload: bytes | memoryview) -> bytes:
-    return b"".join((_head(len(payload), kind, flags, number), payload))
-
-
-def _unpadded(payload: bytes) -> bytes:
-    """What a frame has between the length of its padding and the padding."""
-    end = len(payload) - payload[0]
-    if end < 1:
-        raise ConnectionLostError("a frame with more padding than fits")
-    return payload[1:end]
-
-
-def _text(value: bytes | str) -> str:
-    return value if isinstance(value, str) else value.decode("latin-1")

@@ -51,9 +51,9 @@ class Worker:
     async def execute(self, works: Sequence[Work]) -> list[SplitResult]:
         """Returns the results in the order of `works`. Each is a response without an id, or the request's failure.
 
-        Must be run by a driver (services/runtime/driver.py), on any thread. Quick runs are made on that thread, all
-        others from the event loop. Concurrent requests with one hash and equal bytes run once. If cancelled, requests
-        that have not begun do not run, except those with a hash: other requests may have joined them.
+        Must be run by a driver (services/runtime/driver.py). Quick runs are made on the event loop, all others on
+        threads. Concurrent requests with one hash and equal bytes run once. If cancelled, requests that have not begun
+        do not run, except those with a hash: other requests may have joined them.
         """
         results = self._run_inline(works)
         if results is None:
@@ -62,7 +62,7 @@ class Worker:
         return results
 
     def _run_inline(self, works: Sequence[Work]) -> list[SplitResult] | None:
-        """Runs `works` on this thread; None unless they are one quick run of plain requests of one model."""
+        """Runs `works` on the event loop; None unless they are one quick run of plain requests of one model."""
         start = time.monotonic_ns()
         held: HeldModel | None = None
         requests = []

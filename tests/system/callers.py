@@ -8,9 +8,11 @@ from tests.system.test_cache import fresh, infer
 
 
 async def eventually(condition, seconds=60.0):
+    """What `condition` returns when it is true."""
     async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.05)
+        while not (found := await condition()):
+            await asyncio.sleep(0.02)
+    return found
 
 
 class Callers:

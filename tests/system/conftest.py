@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
+import tritonclient.grpc as triton
 
 from tests.models import build
 from tests.ports import free_block
@@ -133,6 +135,31 @@ def stack(engine, models, tmp_path_factory):
     running = start_stack(state, "--models", str(models), "--drain", "5", engine=engine, **processes.STEADY)
     yield running
     assert stop_stack(running) == 0
+
+
+@pytest.fixture
+async def channel(stack):
+    """To the router."""
+    async with grpc.aio.insecure_channel(stack.router) as channel:
+        yield channel
+
+
+@pytest.fixture(params=["router", "worker"])
+def address(request, stack) -> str:
+    """Of what speaks the v2 protocol."""
+    return stack.router if request.param == "router" else stack.workers[0]
+
+
+@pytest.fixture
+def client(address):
+    with triton.InferenceServerClient(address) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def console(stack) -> str:
+    """The URL of its pages."""
+    return json.loads((Path(stack.state) / "stack.json").read_text())["console"]
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import hpack
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-END_STREAM = ACK = 1
-END_HEADERS = 4
-INITIAL_WINDOW_SIZE = 4
+from services.runtime.rpc import http2_frames as h2
+
 EMPTY = bytes(5)
 
 
@@ -35,10 +33,8 @@ class RawClient:
             self.socket = tls.wrap_socket(self.socket, server_hostname="127.0.0.1")
         self._encoder, self._decoder = hpack.Encoder(), hpack.Decoder()
         self._received = b""
-        # Of a frame's payload, in bytes.
-        self.longest = 0
         payload = b"".join(struct.pack(">HI", *setting) for setting in settings)
-        self.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, payload))
+        self.send(h2.PREFACE + frame(h2.SETTINGS, 0, 0, payload))
 
     def __enter__(self):
         return self
@@ -49,13 +45,13 @@ class RawClient:
     def send(self, data):
         self.socket.sendall(data)
 
-    def headers(self, stream, headers, flags=END_HEADERS):
+    def headers(self, stream, headers, flags=h2.END_HEADERS):
         block = self._encoder.encode(headers)
-        self.send(frame(HEADERS, flags, stream, block))
+        self.send(frame(h2.HEADERS, flags, stream, block))
 
     def call(self, stream, headers, body=EMPTY):
         block = self._encoder.encode(headers)
-        self.send(frame(HEADERS, END_HEADERS, stream, block) + frame(DATA, END_STREAM, stream, body))
+        self.send(frame(h2.HEADERS, h2.END_HEADERS, stream, block) + frame(h2.DATA, h2.END_STREAM, stream, body))
 
     def read(self):
         """The next frame. Raises EOFError where the server has closed, and TimeoutError."""
@@ -63,15 +59,7 @@ class RawClient:
         kind, flags = head[3], head[4]
         stream = int.from_bytes(head[5:9], "big") & 0x7FFFFFFF
         payload = self._take(int.from_bytes(head[:3], "big"))
-        self.longest = max(self.longest, len(payload))
-        while kind == HEADERS and not flags & END_HEADERS:
-            more = self._take(9)
-            assert (more[3], more[5:9]) == (CONTINUATION, head[5:9])
-            flags |= more[4]
-            part = self._take(int.from_bytes(more[:3], "big"))
-            self.longest = max(self.longest, len(part))
-            payload += part
-        headers = dict(self._decoder.decode(payload)) if kind == HEADERS else {}
+        headers = dict(self._decoder.decode(payload)) if kind == h2.HEADERS else {}
         return Frame(kind, flags, stream, payload, headers)
 
     def until(self, wanted):
@@ -85,20 +73,21 @@ class RawClient:
         try:
             last = self.until(
                 lambda got: (
-                    got.kind == GOAWAY or (got.stream == stream and (got.kind == RST_STREAM or got.flags & END_STREAM))
+                    got.kind == h2.GOAWAY
+                    or (got.stream == stream and (got.kind == h2.RST_STREAM or got.flags & h2.END_STREAM))
                 )
             )
         except (EOFError, ConnectionError):
             return "closed"
-        if last.kind in (GOAWAY, RST_STREAM):
-            return "goaway" if last.kind == GOAWAY else "reset"
+        if last.kind in (h2.GOAWAY, h2.RST_STREAM):
+            return "goaway" if last.kind == h2.GOAWAY else "reset"
         status = last.headers.get("grpc-status")
         return f"http {last.headers.get(':status')}" if status is None else int(status)
 
     def ping(self):
         """Sends one; the next frame that answers it, or says goodbye."""
-        self.send(frame(PING, 0, 0, b"ringmesh"))
-        return self.until(lambda got: (got.kind == PING and got.flags & ACK) or got.kind == GOAWAY)
+        self.send(frame(h2.PING, 0, 0, b"ringmesh"))
+        return self.until(lambda got: (got.kind == h2.PING and got.flags & h2.ACK) or got.kind == h2.GOAWAY)
 
     def _take(self, size):
         while len(self._received) < size:

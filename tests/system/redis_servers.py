@@ -3,12 +3,12 @@
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.ports import free_port
+from tests.system.conftest import eventually
 
 needs_redis_server = pytest.mark.skipif(
     not (shutil.which("redis-server") and shutil.which("redis-cli")), reason="Debian's redis-server is not installed"
@@ -61,13 +61,6 @@ def answers(server: RedisServer) -> bool:
         return server.cli("ping") == "PONG"
     except AssertionError:
         return False
-
-
-def eventually(condition, seconds=60.0) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, f"not within {seconds} s"
-        time.sleep(0.05)
 
 
 class RedisCluster:

@@ -9,6 +9,7 @@ import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
+STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 
 def fresh(model="mlp", **fields):
@@ -27,10 +28,18 @@ async def infer(channel, request, metadata=()):
     return response, dict(await call.trailing_metadata())
 
 
-@pytest.fixture
-async def channel(stack):
-    async with grpc.aio.insecure_channel(stack.router) as channel:
-        yield channel
+async def outcome(channel, request):
+    return (await infer(channel, request))[1]["ringmesh-cache"]
+
+
+async def statistics(channel, model):
+    request = v2.ModelStatisticsRequest(name=model)
+    data = await channel.unary_unary(STATISTICS)(request.SerializeToString(), timeout=60)
+    return v2.ModelStatisticsResponse.FromString(data).model_stats[0]
+
+
+async def computed(channel, model):
+    return (await statistics(channel, model)).inference_count
 
 
 @pytest.mark.both_engines

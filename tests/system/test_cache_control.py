@@ -23,12 +23,6 @@ async def refused(channel, request, control):
     return caught.value
 
 
-@pytest.fixture
-async def channel(stack):
-    async with grpc.aio.insecure_channel(stack.router) as channel:
-        yield channel
-
-
 async def test_no_store_keeps_nothing_and_takes_what_is_kept(channel):
     request = fresh()
     assert [(await infer(channel, request, "no-store"))[1] for _ in range(2)] == ["miss", "miss"]

@@ -8,6 +8,7 @@ import pytest
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 
 from tests.system import processes
+from tests.system.callers import eventually
 from tests.system.test_cache import fresh, infer
 
 
@@ -36,13 +37,6 @@ async def either(address):
 
 def item(namespace="tests"):
     return {"key": uuid.uuid4().bytes, "namespace": namespace, "tenant": "t"}
-
-
-async def eventually(found):
-    async with asyncio.timeout(60):
-        while not (value := await found()):
-            await asyncio.sleep(0.01)
-    return value
 
 
 async def refused(call):

@@ -2,11 +2,9 @@
 
 import asyncio
 import http.client
-import json
 import urllib.error
 import urllib.parse
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -14,12 +12,6 @@ from tests.system import processes
 from tests.system.conftest import eventually
 from tests.system.test_cache import fresh
 from tests.system.test_tracing import traced
-
-
-@pytest.fixture(scope="module")
-def console(stack):
-    """The URL of its pages."""
-    return json.loads((Path(stack.state) / "stack.json").read_text())["console"]
 
 
 def get(url, **headers):

@@ -171,12 +171,6 @@ def stack(repository, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def console(stack):
-    """The URL of its pages."""
-    return json.loads((Path(stack.state) / "stack.json").read_text())["console"]
-
-
-@pytest.fixture(scope="module")
 def router(stack):
     return stack.router
 

@@ -1,8 +1,6 @@
 """Spans on their way into the console, on both engines."""
 
 import asyncio
-import json
-from pathlib import Path
 
 import pytest
 
@@ -11,12 +9,6 @@ from tests.system.test_console import get, shows
 from tests.system.test_tracing import traced
 
 pytestmark = pytest.mark.both_engines
-
-
-@pytest.fixture
-def console(stack):
-    """The URL of its pages."""
-    return json.loads((Path(stack.state) / "stack.json").read_text())["console"]
 
 
 async def complete_trace(stack, console):

@@ -36,13 +36,6 @@ def states(client):
     return {line.name: (line.state, line.reason) for line in client.get_model_repository_index().models}
 
 
-@pytest.fixture(params=["router", "worker"])
-def client(request, stack):
-    address = stack.router if request.param == "router" else stack.workers[0]
-    with triton.InferenceServerClient(address) as client:
-        yield client
-
-
 def test_an_ensemble_answers_as_its_steps_do_one_after_the_other(client):
     between = infer(client, "mlp", "x", X).as_numpy("y")
     expected = infer(client, "doubled", "a", between).as_numpy("b")

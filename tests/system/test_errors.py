@@ -14,9 +14,8 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
 
 
-@pytest.fixture(params=["router", "worker"])
-def channel(request, stack):
-    address = stack.router if request.param == "router" else stack.workers[0]
+@pytest.fixture
+def channel(address):
     with grpc.insecure_channel(address) as channel:
         yield channel
 

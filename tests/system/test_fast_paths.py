@@ -13,18 +13,10 @@ from services.runtime.driver import ON_LOOP
 from services.runtime.errors import ResourceExhaustedError
 from services.runtime.oip.protocol import fast_path_handler
 from services.runtime.rpc import http2_connection, native_server
+from services.runtime.rpc.http2_frames import DATA, END_STREAM, INITIAL_WINDOW_SIZE, RST_STREAM, WINDOW_UPDATE
 from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import Answer
-from tests.system.raw_http2 import (
-    DATA,
-    EMPTY,
-    END_STREAM,
-    INITIAL_WINDOW_SIZE,
-    RST_STREAM,
-    WINDOW_UPDATE,
-    RawClient,
-    frame,
-)
+from tests.system.raw_http2 import EMPTY, RawClient, frame
 
 NAME = "test.FastPaths"
 CALL = [

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from tests.system.test_cache import INFER, fresh
+from tests.system.test_cache import INFER, computed, fresh
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
-STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 
 @pytest.fixture
@@ -22,12 +21,6 @@ async def channels(start_router, start_worker):
         routers = list(pool.map(lambda _: start_router(workers, None, audit_share=0), range(3)))
     async with contextlib.AsyncExitStack() as opened:
         yield [await opened.enter_async_context(grpc.aio.insecure_channel(router.address)) for router in routers]
-
-
-async def computed(channel, model):
-    request = v2.ModelStatisticsRequest(name=model)
-    data = await channel.unary_unary(STATISTICS)(request.SerializeToString(), timeout=60)
-    return v2.ModelStatisticsResponse.FromString(data).model_stats[0].inference_count
 
 
 async def test_a_thousand_equal_requests_on_all_routers_are_computed_once(channels):

@@ -10,23 +10,12 @@ import grpc
 import pytest
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
+from services.runtime.rpc import http2_frames as h2
+from services.runtime.rpc.header_blocks import encode_field
 from tests.certificates import Ca
 from tests.system.conftest import RINGMESH
 from tests.system.processes import Started, free_address, kill, start
-from tests.system.raw_http2 import (
-    CONTINUATION,
-    DATA,
-    EMPTY,
-    END_HEADERS,
-    END_STREAM,
-    HEADERS,
-    INITIAL_WINDOW_SIZE,
-    PING,
-    RST_STREAM,
-    SETTINGS,
-    RawClient,
-    frame,
-)
+from tests.system.raw_http2 import EMPTY, RawClient, frame
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone, pytest.mark.both_engines]
 
@@ -34,7 +23,6 @@ METHOD = [
     (":method", "POST"), (":scheme", "http"), (":path", "/grpc.health.v1.Health/Check"), (":authority", "x"),
     ("content-type", "application/grpc"), ("te", "trailers"),
 ]  # fmt: skip
-CANCEL = struct.pack(">I", 8)
 STREAMS = range(1, 40_001, 2)
 # Beyond what the process needs for its other callers; each attack sends more than this, or asks for more.
 MOST_BYTES = 256 << 20
@@ -50,63 +38,47 @@ def sent_in_parts(client, frames, count=100):
     client.send(b"".join(part))
 
 
-def literal(name, value):
-    """A header, neither indexed nor compressed."""
-    return b"\0" + hpack_string(name) + hpack_string(value)
-
-
-def hpack_string(text):
-    size = len(text)
-    if size < 127:
-        return bytes([size]) + text
-    out, size = bytearray([127]), size - 127
-    while size >= 128:
-        out.append(size % 128 + 128)
-        size //= 128
-    return bytes(out + bytes([size])) + text
-
-
 def block():
     """The headers of a call, the same bytes on each stream."""
-    return b"".join(literal(name.encode(), value.encode()) for name, value in METHOD)
+    return b"".join(encode_field(name.encode(), value.encode()) for name, value in METHOD)
 
 
 def rapid_reset(client):
-    sent_in_parts(client, (frame(HEADERS, END_HEADERS, n, block()) + frame(RST_STREAM, 0, n, CANCEL) for n in STREAMS))
+    sent_in_parts(client, (frame(h2.HEADERS, h2.END_HEADERS, n, block()) + h2.reset(n, h2.CANCEL) for n in STREAMS))
 
 
 def continuation_flood(client):
-    client.send(frame(HEADERS, 0, 1, block()))
-    more = literal(b"x", bytes(16_000).replace(b"\0", b"y"))
-    sent_in_parts(client, (frame(CONTINUATION, 0, 1, more) for _ in range(20_000)), 10)
+    client.send(frame(h2.HEADERS, 0, 1, block()))
+    more = encode_field(b"x", bytes(16_000).replace(b"\0", b"y"))
+    sent_in_parts(client, (frame(h2.CONTINUATION, 0, 1, more) for _ in range(20_000)), 10)
 
 
 def empty_continuations(client):
-    client.send(frame(HEADERS, 0, 1, block()))
-    sent_in_parts(client, (frame(CONTINUATION, 0, 1) for _ in range(50_000)), 1000)
+    client.send(frame(h2.HEADERS, 0, 1, block()))
+    sent_in_parts(client, (frame(h2.CONTINUATION, 0, 1) for _ in range(50_000)), 1000)
 
 
 def ping_flood(client):
-    sent_in_parts(client, (frame(PING, 0, 0, b"ringmesh") for _ in range(50_000)), 1000)
+    sent_in_parts(client, (frame(h2.PING, 0, 0, b"ringmesh") for _ in range(50_000)), 1000)
 
 
 def settings_flood(client):
-    sent_in_parts(client, (frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535)) for _ in range(50_000)), 1000)
+    sent_in_parts(client, (frame(h2.SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535)) for _ in range(50_000)), 1000)
 
 
 def empty_data(client):
-    client.send(frame(HEADERS, END_HEADERS, 1, block()))
-    sent_in_parts(client, (frame(DATA, 0, 1) for _ in range(50_000)), 1000)
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, block()))
+    sent_in_parts(client, (frame(h2.DATA, 0, 1) for _ in range(50_000)), 1000)
 
 
 def hpack_bomb(client):
     """One entry of the table, named 4,000 times by a byte each: 16 MB of headers in 8 KB, on each of 1,000 streams."""
-    entry = b"\x40" + hpack_string(b"x") + hpack_string(b"y" * 4_000)
-    client.send(frame(HEADERS, END_HEADERS | END_STREAM, 1, block() + entry))
+    entry = b"\x40" + encode_field(b"x", b"y" * 4_000)[1:]
+    client.send(frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, 1, block() + entry))
     sent_in_parts(
         client,
         (
-            frame(HEADERS, END_HEADERS, n, block() + b"\xbe" * 4_000) + frame(DATA, 1, n, EMPTY)
+            frame(h2.HEADERS, h2.END_HEADERS, n, block() + b"\xbe" * 4_000) + frame(h2.DATA, 1, n, EMPTY)
             for n in range(3, 2003, 2)
         ),
     )
@@ -115,19 +87,21 @@ def hpack_bomb(client):
 def huge_metadata(client):
     """1 MB for each call."""
     for number in range(1, 201, 2):
-        client.send(frame(HEADERS, 0, number, block()))
+        client.send(frame(h2.HEADERS, 0, number, block()))
         for place in range(64):
-            last = END_HEADERS if place == 63 else 0
-            client.send(frame(CONTINUATION, last, number, literal(b"x%d" % place, b"y" * 16_000)))
+            last = h2.END_HEADERS if place == 63 else 0
+            client.send(frame(h2.CONTINUATION, last, number, encode_field(b"x%d" % place, b"y" * 16_000)))
 
 
 def idle_streams(client):
-    sent_in_parts(client, (frame(HEADERS, END_HEADERS, number, block()) for number in range(1, 2001, 2)))
+    sent_in_parts(client, (frame(h2.HEADERS, h2.END_HEADERS, number, block()) for number in range(1, 2001, 2)))
 
 
 def never_reading(client):
     """Calls whose answers have no room: the window of each stream is 0."""
-    sent_in_parts(client, (frame(HEADERS, END_HEADERS, n, block()) + frame(DATA, 1, n, EMPTY) for n in STREAMS))
+    sent_in_parts(
+        client, (frame(h2.HEADERS, h2.END_HEADERS, n, block()) + frame(h2.DATA, 1, n, EMPTY) for n in STREAMS)
+    )
 
 
 ATTACKS = {
@@ -147,7 +121,7 @@ NOT_BOUNDED = {"native": (), "grpcio": (hpack_bomb, huge_metadata)}
 
 def carry_out(attack, port, tls=None):
     """Whether the server cut the connection; it does not read what the server sends."""
-    settings = [(INITIAL_WINDOW_SIZE, 0)] if attack is never_reading else []
+    settings = [(h2.INITIAL_WINDOW_SIZE, 0)] if attack is never_reading else []
     with RawClient(port, settings, seconds=10, tls=tls) as client:
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         try:

@@ -9,15 +9,11 @@ import pytest
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 
 from tests.system import processes
-from tests.system.test_cache import fresh, infer
+from tests.system.test_cache import fresh, infer, outcome
 from tests.system.way import Way
 from tests.valkeys import valkey_server
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
-
-
-async def outcome(channel, request):
-    return (await infer(channel, request))[1]["ringmesh-cache"]
 
 
 class Region:

@@ -41,17 +41,6 @@ def infer(client, model, name, array, datatype, **options):
     return client.infer(model, [tensor], **options)
 
 
-@pytest.fixture(params=["router", "worker"])
-def address(request, stack):
-    return stack.router if request.param == "router" else stack.workers[0]
-
-
-@pytest.fixture
-def client(address):
-    with triton.InferenceServerClient(address) as client:
-        yield client
-
-
 @pytest.fixture
 def stub(address):
     with grpc.insecure_channel(address) as channel:

@@ -19,13 +19,9 @@ from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
 from services.runtime.errors import NotFoundError
 from tests.system import processes
-from tests.system.test_cache import fresh, infer
+from tests.system.test_cache import fresh, infer, outcome
 
 HITS = {"hit-local", "hit-shared"}
-
-
-async def outcome(channel, request):
-    return (await infer(channel, request))[1]["ringmesh-cache"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from cache.policy.leases import Leases
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, EntryFrames
 from cache.tiers.shared_tier import SharedTier, stored_name
-from tests.system.redis_servers import eventually, needs_redis_server, redis_cluster, start_redis  # noqa: F401
+from tests.system.conftest import eventually
+from tests.system.redis_servers import needs_redis_server, redis_cluster, start_redis  # noqa: F401
 
 pytestmark = needs_redis_server
 

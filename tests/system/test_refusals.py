@@ -2,12 +2,10 @@
 
 import grpc
 import pytest
-from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from tests.system.test_cache import INFER, fresh
+from tests.system.test_cache import INFER, fresh, statistics
 
 pytestmark = pytest.mark.proof
-STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 
 @pytest.mark.parametrize(("seconds", "asked"), [(0, 5), (60, 1)])
@@ -18,10 +16,7 @@ async def test_a_wrong_request_is_refused_alike_and_asks_a_worker_as_configured(
     async with grpc.aio.insecure_channel(router.address) as channel:
 
         async def failures():
-            data = await channel.unary_unary(STATISTICS)(
-                v2.ModelStatisticsRequest(name="slow").SerializeToString(), timeout=60
-            )
-            return v2.ModelStatisticsResponse.FromString(data).model_stats[0].inference_stats.fail.count
+            return (await statistics(channel, "slow")).inference_stats.fail.count
 
         before = await failures()
         errors = set()

@@ -23,9 +23,8 @@ def data(request):
     return request.param
 
 
-@pytest.fixture(params=["router", "worker"])
-async def channel(request, stack):
-    address = stack.router if request.param == "router" else stack.workers[0]
+@pytest.fixture
+async def channel(address):
     async with grpc.aio.insecure_channel(address) as channel:
         yield channel
 

@@ -12,12 +12,6 @@ from tests.models import mean_over_rows, mlp, wide
 from tests.system.test_cache import infer
 
 
-@pytest.fixture
-async def channel(stack):
-    async with grpc.aio.insecure_channel(stack.router) as channel:
-        yield channel
-
-
 def fresh_rows(count):
     return np.random.default_rng().normal(size=(count, 64)).astype(np.float32)
 

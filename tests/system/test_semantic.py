@@ -15,12 +15,6 @@ from tests.system.test_cache import infer
 from tests.system.test_rows import batch
 
 
-@pytest.fixture
-async def channel(stack):
-    async with grpc.aio.insecure_channel(stack.router) as channel:
-        yield channel
-
-
 def near(vector, cosine):
     """A vector of any length with this cosine."""
     other = np.random.default_rng().normal(size=vector.shape)

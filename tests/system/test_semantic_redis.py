@@ -15,7 +15,7 @@ from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 
 from tests.ports import free_port
 from tests.system.conftest import eventually
-from tests.system.test_cache import infer
+from tests.system.test_cache import infer, outcome
 from tests.system.test_rows import batch
 from tests.system.test_semantic import fresh, near
 
@@ -45,10 +45,6 @@ def redis(tmp_path):
     server.wait()
 
 
-async def told(channel, request):
-    return (await infer(channel, request))[1]["ringmesh-cache"]
-
-
 async def test_a_vector_that_one_router_found_is_near_enough_on_another(redis, start_worker, start_router):
     server, url = redis
     worker = start_worker("worker")
@@ -64,12 +60,12 @@ async def test_a_vector_that_one_router_found_is_near_enough_on_another(redis, s
                     break
         assert trailing["ringmesh-similarity"] == "0.9950"
         assert second.SerializeToString() == first.SerializeToString()
-        assert await told(other, batch(near(vector, 0.9), "similar")) == "miss"
+        assert await outcome(other, batch(near(vector, 0.9), "similar")) == "miss"
         await cache_pb2_grpc.CacheServiceStub(one).Purge(cache_pb2.PurgeRequest(model="similar"), timeout=60)
-        assert await told(other, batch(near(vector, 0.995), "similar")) == "miss"
+        assert await outcome(other, batch(near(vector, 0.995), "similar")) == "miss"
         # A Redis that ends costs the answers of others, and nothing else.
         server.kill()
         vector = fresh()
-        assert await told(other, batch(vector, "similar")) == "miss"
-        assert await told(other, batch(near(vector, 0.995), "similar")) == "hit-semantic"
-        assert await told(one, batch(near(vector, 0.995), "similar")) == "miss"
+        assert await outcome(other, batch(vector, "similar")) == "miss"
+        assert await outcome(other, batch(near(vector, 0.995), "similar")) == "hit-semantic"
+        assert await outcome(one, batch(near(vector, 0.995), "similar")) == "miss"

@@ -17,13 +17,6 @@ from tests.system.test_cache import INFER
 _NEVER_IDLE = "max_sequence_idle_microseconds: 3600000000"
 
 
-@pytest.fixture(params=["router", "worker"])
-def client(request, stack):
-    address = stack.router if request.param == "router" else stack.workers[0]
-    with triton.InferenceServerClient(address) as client:
-        yield client
-
-
 def one(value):
     tensor = triton.InferInput("x", [1, 1], "FP32")
     tensor.set_data_from_numpy(np.array([[value]], np.float32))

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, EntryFrames
 from cache.tiers.shared_tier import SharedTier, stored_name
+from tests.system.callers import eventually
 from tests.valkeys import valkey_server
 
 # Long enough for a busy machine.
@@ -28,12 +29,6 @@ async def tier(valkey):
     await tier.get(b"warm up")
     yield tier
     await tier.close()
-
-
-async def eventually(condition, seconds=60.0):
-    async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.01)
 
 
 async def put(tier, key, value=b"value"):

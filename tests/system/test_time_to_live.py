@@ -8,14 +8,11 @@ import time
 import grpc
 import pytest
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
-from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from tests import models
 from tests.system.callers import eventually
-from tests.system.test_cache import INFER, fresh, infer
+from tests.system.test_cache import INFER, computed, fresh, infer
 from tests.valkeys import valkey_server
-
-STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 
 def asked(model):
@@ -28,12 +25,6 @@ async def told(channel, request, metadata=()):
     """(outcome, whether it is stale)"""
     trailing = (await infer(channel, request, metadata))[1]
     return trailing["ringmesh-cache"], "ringmesh-stale" in trailing
-
-
-async def computed(channel, model):
-    request = v2.ModelStatisticsRequest(name=model)
-    data = await channel.unary_unary(STATISTICS)(request.SerializeToString(), timeout=60)
-    return v2.ModelStatisticsResponse.FromString(data).model_stats[0].inference_count
 
 
 @pytest.fixture

@@ -23,11 +23,12 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
 from services.runtime.rpc.access import PEER
 from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
+from services.runtime.rpc.http2_frames import END_HEADERS, HEADERS, SETTINGS
 from tests.certificates import Ca, replace
 from tests.ports import free_port
 from tests.system import processes
 from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
-from tests.system.raw_http2 import END_HEADERS, HEADERS, SETTINGS, frame
+from tests.system.raw_http2 import frame
 from tests.system.test_cache import INFER
 from tests.system.test_identity import request
 

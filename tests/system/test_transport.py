@@ -5,7 +5,7 @@ import itertools
 import socket
 import struct
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import grpc
 import pytest
@@ -15,25 +15,12 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime.driver import ON_LOOP
 from services.runtime.oip import protocol
 from services.runtime.rpc import backlog, server
+from services.runtime.rpc import http2_frames as h2
 from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer, Failure
 from services.runtime.rpc.server import Engine, Server
-from tests.system import raw_http2
 from tests.system.conftest import eventually
-from tests.system.raw_http2 import (
-    ACK,
-    CONTINUATION,
-    DATA,
-    EMPTY,
-    END_HEADERS,
-    END_STREAM,
-    GOAWAY,
-    HEADERS,
-    RST_STREAM,
-    SETTINGS,
-    RawClient,
-    frame,
-)
+from tests.system.raw_http2 import EMPTY, RawClient, frame
 
 MAX_MESSAGE_BYTES = 4 << 20
 INFER, LIVE, STREAM = (
@@ -82,7 +69,10 @@ class Serving:
     def counted(self, name):
         return next(sample.value for sample in self.server.calls.samples() if sample.family.name == name)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self._run(self.server.stop(0))
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
@@ -91,9 +81,8 @@ class Serving:
 
 @pytest.fixture(scope="module", params=list(Engine))
 def serving(request):
-    serving = Serving(request.param)
-    yield serving
-    serving.close()
+    with Serving(request.param) as serving:
+        yield serving
 
 
 @pytest.fixture
@@ -168,21 +157,17 @@ def test_a_message_of_the_largest_size_is_served_and_one_more_byte_is_refused(se
 @pytest.mark.parametrize("kind", list(Engine))
 def test_an_idle_client_may_ping_as_often_as_is_said(kind, monkeypatch):
     monkeypatch.setattr(server, "_PING_MILLISECONDS", 20)
-    serving = Serving(kind)
-    try:
-        with RawClient(serving.port) as client:
-            for _ in range(6):
-                threading.Event().wait(0.05)  # the rate is what is tested
-                assert client.ping().kind == raw_http2.PING
-            client.call(1, CALL)
-            assert client.outcome(1) == OK
-    finally:
-        serving.close()
+    with Serving(kind) as serving, RawClient(serving.port) as client:
+        for _ in range(6):
+            threading.Event().wait(0.05)  # the rate is what is tested
+            assert client.ping().kind == h2.PING
+        client.call(1, CALL)
+        assert client.outcome(1) == OK
 
 
 def test_a_client_learns_how_many_streams_it_may_have(serving):
     with RawClient(serving.port) as client:
-        first = client.until(lambda got: got.kind == SETTINGS and got.payload)
+        first = client.until(lambda got: got.kind == h2.SETTINGS and got.payload)
         settings = dict(struct.iter_unpack(">HI", first.payload))
         assert settings[3] == 1024
 
@@ -211,13 +196,13 @@ class Held:
 @pytest.fixture(params=list(Engine))
 def held(request):
     held = Held(request.param)
-    yield held
-    held.serving.close()
+    with held.serving:
+        yield held
 
 
 def test_a_connection_has_1024_calls_at_once_and_one_more_is_refused_alone(held):
     with RawClient(held.serving.port) as client:
-        client.send(frame(SETTINGS, ACK, 0))
+        client.send(frame(h2.SETTINGS, h2.ACK, 0))
         streams = [2 * number + 1 for number in range(1024)]
         for stream in streams:
             client.call(stream, CALL)
@@ -227,7 +212,7 @@ def test_a_connection_has_1024_calls_at_once_and_one_more_is_refused_alone(held)
         held.release()
         ended = {}
         while len(ended) < 1024:
-            got = client.until(lambda got: got.kind == HEADERS and got.flags & END_STREAM)
+            got = client.until(lambda got: got.kind == h2.HEADERS and got.flags & h2.END_STREAM)
             ended[got.stream] = int(got.headers["grpc-status"])
         assert ended == dict.fromkeys(streams, OK)
         assert held.begun == 1024
@@ -305,14 +290,14 @@ def test_streams_that_are_half_open_hold_up_nobody(serving):
 @pytest.mark.parametrize(
     "flood",
     [
-        pytest.param(lambda _, number: frame(raw_http2.PING, 0, 0, struct.pack(">Q", number)), id="pings"),
-        pytest.param(lambda _, number: frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535 + number)), id="settings"),
-        pytest.param(lambda _, number: frame(DATA, 0, 0), id="data without a stream"),
-        pytest.param(lambda _, number: frame(CONTINUATION, 0, 1, b""), id="continuations"),
+        pytest.param(lambda _, number: frame(h2.PING, 0, 0, struct.pack(">Q", number)), id="pings"),
+        pytest.param(lambda _, number: frame(h2.SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535 + number)), id="settings"),
+        pytest.param(lambda _, number: frame(h2.DATA, 0, 0), id="data without a stream"),
+        pytest.param(lambda _, number: frame(h2.CONTINUATION, 0, 1, b""), id="continuations"),
         pytest.param(
             lambda block, number: (
-                frame(HEADERS, END_HEADERS | END_STREAM, 2 * number + 1, block)
-                + frame(RST_STREAM, 0, 2 * number + 1, struct.pack(">I", 8))
+                frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, 2 * number + 1, block)
+                + h2.reset(2 * number + 1, h2.CANCEL)
             ),
             id="rapid resets",
         ),
@@ -331,14 +316,14 @@ def test_a_flood_of_frames_harms_only_its_own_connection(serving, flood):
 
 
 def test_a_window_of_nothing_holds_up_its_own_answers_only(serving):
-    with RawClient(serving.port, [(raw_http2.INITIAL_WINDOW_SIZE, 0)]) as client:
+    with RawClient(serving.port, [(h2.INITIAL_WINDOW_SIZE, 0)]) as client:
         for stream in range(1, 101, 2):
             client.call(stream, CALL, struct.pack(">BI", 0, 1000) + bytes(1000))
-        client.until(lambda got: got.kind == HEADERS and got.stream == 99)
+        client.until(lambda got: got.kind == h2.HEADERS and got.stream == 99)
         assert is_well(serving)
         # What was held back arrives when there is room.
         for stream in range(1, 101, 2):
-            client.send(frame(raw_http2.WINDOW_UPDATE, 0, stream, struct.pack(">I", 10_000)))
+            client.send(h2.window_update(stream, 10_000))
         assert client.outcome(99) == OK
 
 
@@ -347,63 +332,25 @@ async def echo_each(requests, _):
         yield request
 
 
-def test_a_stream_that_ends_while_the_client_reads_nothing_is_ended_when_it_reads():
-    size = 3 << 20
-    handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(echo_each)}
-    serving = Serving(Engine.NATIVE, lambda _: Answer(bytes(size), ()), handlers=handlers)
-    try:
-        with RawClient(serving.port, [(raw_http2.INITIAL_WINDOW_SIZE, 1 << 30)]) as client:
-            client.send(frame(raw_http2.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
-            client.headers(1, changed(":path", STREAM))
-            client.send(frame(DATA, 0, 1, EMPTY))
-            client.until(lambda got: got.kind == DATA)
-            for stream in range(3, 25, 2):
-                client.call(stream, CALL)
-            [connection] = serving.server._server._connections
-            eventually(lambda: connection._is_paused)
-            client.send(frame(DATA, END_STREAM, 1))
-            eventually(lambda: not serving.server._server._under_way)
-            assert client.outcome(1) == OK
-    finally:
-        serving.close()
-
-
 @pytest.mark.parametrize("kind", list(Engine))
 def test_a_stream_with_a_message_that_is_too_large_says_so_after_it_was_answered(kind):
     handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(echo_each)}
-    serving = Serving(kind, handlers=handlers)
-    try:
-        with RawClient(serving.port) as client:
-            client.headers(1, changed(":path", STREAM))
-            client.send(frame(DATA, 0, 1, EMPTY))
-            client.until(lambda got: got.kind == DATA)
-            client.send(frame(DATA, 0, 1, struct.pack(">BI", 0, MAX_MESSAGE_BYTES + 1)))
-            assert client.outcome(1) == RESOURCE_EXHAUSTED
-    finally:
-        serving.close()
-
-
-def test_trailers_of_a_request_that_was_refused_meanwhile_are_no_fault(serving):
-    with RawClient(serving.port) as client:
-        client.headers(1, changed(":path", "/a.B/C"))
-        assert client.outcome(1) == UNIMPLEMENTED
-        client.send(frame(DATA, 0, 1, EMPTY))
-        client.headers(1, [("x", "y")], END_HEADERS | END_STREAM)
-        client.call(3, CALL)
-        assert client.outcome(3) == OK
+    with Serving(kind, handlers=handlers) as serving, RawClient(serving.port) as client:
+        client.headers(1, changed(":path", STREAM))
+        client.send(frame(h2.DATA, 0, 1, EMPTY))
+        client.until(lambda got: got.kind == h2.DATA)
+        client.send(frame(h2.DATA, 0, 1, struct.pack(">BI", 0, MAX_MESSAGE_BYTES + 1)))
+        assert client.outcome(1) == RESOURCE_EXHAUSTED
 
 
 def test_a_unix_socket_goes_with_its_server_and_not_with_the_one_before(tmp_path):
     path = tmp_path / "socket"
-    first = Serving(Engine.NATIVE, address=f"unix:{path}")
-    path.rename(tmp_path / "old")  # as if it were of a process that is gone
-    second = Serving(Engine.NATIVE, address=f"unix:{path}")
-    first.close()
-    try:
+    with ExitStack() as opened:
+        with Serving(Engine.NATIVE, address=f"unix:{path}"):
+            path.rename(tmp_path / "old")  # as if it were of a process that is gone
+            opened.enter_context(Serving(Engine.NATIVE, address=f"unix:{path}"))
         with grpc.insecure_channel(f"unix:{path}") as channel:
             assert channel.unary_unary(INFER)(b"x", timeout=60) == b"x"
-    finally:
-        second.close()
     assert not path.exists()
 
 
@@ -422,66 +369,35 @@ def test_a_host_is_served_at_those_of_its_addresses_that_this_machine_has(monkey
 
 
 def test_channelz_names_the_server_and_its_connections():
-    serving = Serving(Engine.NATIVE)
-    try:
-        with grpc.insecure_channel(serving.address) as channel:
-            stub = channelz_pb2_grpc.ChannelzStub(channel)
-            servers = stub.GetServers(channelz_pb2.GetServersRequest(), timeout=60).server
-            number = servers[-1].ref.server_id
-            assert (
-                stub.GetServer(channelz_pb2.GetServerRequest(server_id=number), timeout=60).server.ref.server_id
-                == number
-            )
-            ask = channelz_pb2.GetServerSocketsRequest(server_id=number)
-            assert len(stub.GetServerSockets(ask, timeout=60).socket_ref) == 1
-            code, _ = refusal(stub.GetServer, channelz_pb2.GetServerRequest(server_id=number + 1000))
-            assert code is grpc.StatusCode.NOT_FOUND
-    finally:
-        serving.close()
-
-
-LONG = "é" * 9_000
-
-
-@pytest.mark.parametrize("kind", list(Engine))
-@pytest.mark.parametrize(
-    ("answer", "status"),
-    [
-        (lambda: Failure(grpc.StatusCode.NOT_FOUND, LONG, ()), 5),
-        (lambda: Answer(b"", tuple((f"x-{number}", "a" * 500) for number in range(40))), OK),
-    ],
-    ids=["a failure", "an answer"],
-)
-def test_headers_longer_than_a_frame_are_sent_in_several(kind, answer, status):
-    serving = Serving(kind, lambda _: answer())
-    try:
-        with RawClient(serving.port) as client:
-            client.call(1, CALL)
-            assert client.outcome(1) == status
-            assert client.longest <= 16_384
-    finally:
-        serving.close()
+    with Serving(Engine.NATIVE) as serving, grpc.insecure_channel(serving.address) as channel:
+        stub = channelz_pb2_grpc.ChannelzStub(channel)
+        servers = stub.GetServers(channelz_pb2.GetServersRequest(), timeout=60).server
+        number = servers[-1].ref.server_id
+        assert (
+            stub.GetServer(channelz_pb2.GetServerRequest(server_id=number), timeout=60).server.ref.server_id == number
+        )
+        ask = channelz_pb2.GetServerSocketsRequest(server_id=number)
+        assert len(stub.GetServerSockets(ask, timeout=60).socket_ref) == 1
+        code, _ = refusal(stub.GetServer, channelz_pb2.GetServerRequest(server_id=number + 1000))
+        assert code is grpc.StatusCode.NOT_FOUND
 
 
 def test_a_goaway_of_the_client_is_no_fault(serving):
     with RawClient(serving.port) as client:
         client.call(1, CALL)
-        client.send(frame(GOAWAY, 0, 0, bytes(8)))
+        client.send(frame(h2.GOAWAY, 0, 0, bytes(8)))
         assert client.outcome(1) in (OK, "goaway", "closed")
     assert is_well(serving)
 
 
 def test_answers_to_callers_who_leave_meanwhile_are_forgotten():
-    serving = Serving(Engine.NATIVE, lambda data: Answer(data, ()))
-    try:
+    with Serving(Engine.NATIVE, lambda data: Answer(data, ())) as serving:
         for _ in range(200):
             with RawClient(serving.port) as client:
                 client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 for stream in range(1, 11, 2):
                     client.call(stream, CALL, struct.pack(">BI", 0, 1000) + bytes(1000))
         eventually(lambda: serving.counted("ringmesh_unread_response_bytes") == 0)
-    finally:
-        serving.close()
 
 
 # No metadata of gRPC: the native engine sends no answer with it.
@@ -503,21 +419,17 @@ async def on_loop(answer):
     ],
 )
 def test_an_answer_that_cannot_be_sent_fails_its_own_call(answer):
-    serving = Serving(Engine.NATIVE, lambda data: answer() if data else Answer(b"", ()))
-    try:
+    with Serving(Engine.NATIVE, lambda data: answer() if data else Answer(b"", ())) as serving:
         with grpc.insecure_channel(serving.address) as channel:
             code, details = refusal(channel.unary_unary(INFER), b"x")
         assert code is grpc.StatusCode.INTERNAL
         assert "ValueError" in details
         assert is_well(serving)
         assert serving.counted("ringmesh_unread_response_bytes") == 0
-    finally:
-        serving.close()
 
 
 def test_calls_whose_callers_leave_at_once_are_forgotten():
-    serving = Serving(Engine.NATIVE)
-    try:
+    with Serving(Engine.NATIVE) as serving:
         for _ in range(100):
             with RawClient(serving.port) as client:
                 client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -525,8 +437,6 @@ def test_calls_whose_callers_leave_at_once_are_forgotten():
                     client.call(stream, changed(":path", LIVE))
         assert is_well(serving)
         eventually(lambda: not serving.server._server._under_way)
-    finally:
-        serving.close()
 
 
 @pytest.mark.parametrize("kind", list(Engine))
@@ -541,13 +451,10 @@ def test_a_stream_that_nobody_reads_ends(kind, monkeypatch):
         finally:
             ended.set()
 
-    serving = Serving(kind, handlers={"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(endless)})
-    try:
-        with RawClient(serving.port) as client:
-            client.headers(1, changed(":path", STREAM))
-            assert ended.wait(60)
-    finally:
-        serving.close()
+    handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(endless)}
+    with Serving(kind, handlers=handlers) as serving, RawClient(serving.port) as client:
+        client.headers(1, changed(":path", STREAM))
+        assert ended.wait(60)
 
 
 @pytest.mark.parametrize("kind", list(Engine))
@@ -555,13 +462,12 @@ def test_answers_that_nobody_reads_are_bounded_and_their_connections_cut_while_o
     monkeypatch.setattr(backlog, "_SHORT_PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(server, "_LOOK_SECONDS", 0.1)
     limit, size = 32 << 20, 1 << 20
-    serving = Serving(kind, lambda data: Answer(bytes(size) if data else b"", ()), max_unread_bytes=limit)
-    window = [(raw_http2.INITIAL_WINDOW_SIZE, 1)]
+    window = [(h2.INITIAL_WINDOW_SIZE, 1)]
 
     def unread():
         return serving.counted("ringmesh_unread_response_bytes")
 
-    try:
+    with Serving(kind, lambda data: Answer(bytes(size) if data else b"", ()), max_unread_bytes=limit) as serving:
         clients = [RawClient(serving.port, window) for _ in range(6)]
         most = 0
         for stream in range(1, 81, 2):
@@ -576,5 +482,3 @@ def test_answers_that_nobody_reads_are_bounded_and_their_connections_cut_while_o
         for client in clients:
             client.socket.close()
         eventually(lambda: unread() == 0)
-    finally:
-        serving.close()

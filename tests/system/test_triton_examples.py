@@ -40,12 +40,6 @@ def address(engine, tmp_path_factory):
 
 
 @pytest.fixture
-def client(address):
-    with triton.InferenceServerClient(address) as client:
-        yield client
-
-
-@pytest.fixture
 def stub(address):
     with grpc.insecure_channel(address) as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)

@@ -6,12 +6,11 @@ import pytest
 
 from services.inference.execution import execution
 from services.inference.execution.device_session import page_locked
-from services.inference.execution.loading import load_model
-from services.inference.repository.repository import versions
 from services.runtime.errors import InternalError
 from services.runtime.telemetry.gpu_metrics import gpu_metrics
 from tests import models
 from tests.bench import gpu, networks
+from tests.unit.inference.loaded import load as load_model
 
 pytestmark = pytest.mark.gpu
 
@@ -37,8 +36,7 @@ def first(has_gpu):
 
 def load(folder, config="", *, providers=AVAILABLE):
     (folder.parent / "config.pbtxt").write_text(config)
-    (files,) = versions(folder.parent.parent, folder.parent.name)
-    return load_model(files, providers=providers, intra_op_threads=1, max_batch_rows=8)
+    return load_model(folder, providers)
 
 
 def rows(count, seed=0):

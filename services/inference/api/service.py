@@ -149,7 +149,7 @@ class EnvelopeService:
         )
 
     async def execute(self, data: bytes, _: Metadata, __: float | None) -> Answer | Failure:
-        """Answers an ExecuteRequest. Must be run by a driver, on any thread."""
+        """Answers an ExecuteRequest. Must be run by a driver."""
         try:
             works = self._works(data)
         except RingmeshError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations  # compiled by mypyc
 
 import asyncio
-import threading
 import time
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Executor
@@ -90,7 +89,7 @@ class Batcher:
     batch waits for the callers of that batch to return. If batches prove to cost more per row than single runs, which
     happens on CPUs, the requests that an instance takes run one after the other.
 
-    All methods except `is_quick` and `run_at_once` must be called on the event loop.
+    All methods must be called on the event loop.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Batcher:
         watch: Watch = UNWATCHED,
         inline: InlineRuns | None = None,
     ) -> None:
-        """`inline`: None if no run may be made on the thread that received the requests."""
+        """`inline`: None if no run may be made on the event loop."""
         self._model = model
         self._inline_runs = inline
         self._watch = watch
@@ -120,7 +119,6 @@ class Batcher:
         self._row_ns: dict[tuple[Hashable, int], float] = {}
         self._turns = 0
         self._closed = False
-        self._at_once = threading.Lock()
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
         """Runs a request in a batch. If cancelled while it waits, the request does not run.
@@ -161,10 +159,10 @@ class Batcher:
         return True
 
     def run_at_once(self, requests: Sequence[Decoded]) -> list[BatchResult | Exception] | None:
-        """Runs `requests` in one run on this thread, which may be any. None if others wait or the run may be slow."""
+        """Runs `requests` in one run on the event loop. None if others wait or the run may be slow."""
         first = requests[0]
         inline = self._inline_runs
-        if inline is None or self._queue or not self._free or self._max_delay_ns or self._watch.suspect:
+        if inline is None or self._queue or not self._free or self._max_delay_ns or self._watch.suspect or self._closed:
             return None
         rows = 0
         for decoded in requests:
@@ -175,16 +173,8 @@ class Batcher:
             return None
         if len(requests) > 1 and not (self._model.batchable and rows <= self._model.max_batch_rows):
             return None
-        # The event loop, which runs the envelopes of the Unix socket, must not wait for a run on another thread.
-        if not self._at_once.acquire(blocking=False):
-            return None
-        try:
-            if self._closed:
-                return None
-            now = time.monotonic_ns()
-            return self._run(requests, [now] * len(requests))
-        finally:
-            self._at_once.release()
+        now = time.monotonic_ns()
+        return self._run(requests, [now] * len(requests))
 
     @property
     def is_quick(self) -> bool:
@@ -196,8 +186,7 @@ class Batcher:
 
     async def close(self) -> None:
         """Returns when the requests that wait have run; they wait for no others."""
-        with self._at_once:
-            self._closed = True
+        self._closed = True
         self._dispatch()
         while self._batches:
             await asyncio.wait(self._batches)
@@ -338,7 +327,7 @@ class Batcher:
         return results
 
     def _run(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
-        """On a thread: concatenates, runs and splits. A failed batch is halved, so that a bad request fails alone."""
+        """On any thread: concatenates, runs and splits. A failed batch is halved, so that a bad request fails alone."""
         start = time.monotonic_ns()
         first = requests[0]
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations  # compiled by mypyc
 
-import threading
 from collections.abc import Callable
 
 # The mean covers about this many answers, enough to even out the answers of one batch, which come together.
@@ -23,12 +22,10 @@ class Load:
         self._interval = 0.0
         self._answers = 0
         self._last = 0.0
-        self._answering = threading.Lock()
 
     def answered_at_once(self, requests: int) -> None:
-        """Counts `requests` that were answered without waiting. May be called on any thread."""
-        with self._answering:
-            self.answered += requests
+        """Counts `requests` that were answered without waiting."""
+        self.answered += requests
 
     def started(self) -> None:
         if not self.requests:
@@ -38,7 +35,7 @@ class Load:
     def ended(self) -> None:
         now = self._clock()
         self.requests -= 1
-        self.answered_at_once(1)
+        self.answered += 1
         self._answers = min(self._answers + 1, _ANSWERS)
         self._interval += (now - self._last - self._interval) / self._answers
         self._last = now

@@ -16,7 +16,8 @@ import grpc
 
 from services.runtime.errors import RingmeshError
 from services.runtime.rpc.access import Guard
-from services.runtime.rpc.http2_connection import CANCEL, UNSENT_BYTES, Stream
+from services.runtime.rpc.http2_connection import UNSENT_BYTES, Stream
+from services.runtime.rpc.http2_frames import CANCEL
 from services.runtime.rpc.request_head import failed, headers, trailers
 from services.runtime.rpc.rpc import FastPath, Handler, Metadata, status_details
 

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 
+from services.runtime.rpc import http2_frames as h2
 from services.runtime.rpc.backlog import Address
 
 # Request for the unsent bytes in a TCP socket's buffer, from Linux's sockios.h.
@@ -25,10 +26,7 @@ _SIOCOUTQNSD = 0x894B
 # Offset in Linux's tcp_info of the bytes that the other end has acknowledged (64 bits).
 _TCP_INFO_BYTES = 256
 _BYTES_ACKED = 120
-# Size of an HTTP/2 frame header.
-_FRAME_HEAD_BYTES = 9
-# Length 8, type 7, no flags, stream 0; last stream 2^31 - 1, NO_ERROR.
-_GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + struct.pack(">II", 0x7FFFFFFF, 0)
+_GOAWAY = h2.goaway(h2.MAX, h2.NO_ERROR)
 
 
 class Connections:
@@ -143,7 +141,7 @@ def _go_away(connection: socket.socket) -> bool:
     try:
         # The engine's SETTINGS frame must come first, or the client treats the connection as broken.
         with suppress(struct.error):
-            if _acknowledged(connection) < _FRAME_HEAD_BYTES:
+            if _acknowledged(connection) < h2.HEAD_BYTES:
                 return False
         # Not TIOCOUTQ: it also counts sent bytes that are not yet acknowledged, as a fast server's answers often are.
         (unsent,) = struct.unpack("i", fcntl.ioctl(connection, _SIOCOUTQNSD, bytes(4)))

@@ -13,6 +13,8 @@ from hpack.huffman_table import decode_huffman
 from hpack.table import HeaderTable
 from mypy_extensions import i64  # compiled: no number has more than 36 bits
 
+from services.runtime.rpc.http2_frames import COMPRESSION_ERROR, ProtocolError
+
 Field: TypeAlias = "tuple[bytes, bytes]"
 # Of the dynamic table, in bytes, which a client may use until it is told otherwise.
 TABLE_BYTES: Final = 4096
@@ -34,8 +36,11 @@ _KEPT_BYTES: Final = 256
 _MOST_EXPANDED: Final = 4
 
 
-class HeaderError(Exception):
+class HeaderError(ProtocolError):
     """A block is not valid HPACK, after which no other block of the connection can be read."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(COMPRESSION_ERROR, message)
 
 
 class HeaderDecoder:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import struct
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,54 +20,18 @@ import grpc
 from mypy_extensions import i64  # compiled: fields of frames and counts of bytes
 
 from services.runtime import faults
-from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from services.runtime.large_bytes import LARGE_BYTES
-from services.runtime.rpc.header_blocks import HeaderDecoder, HeaderError
+from services.runtime.rpc import http2_frames as h2
+from services.runtime.rpc.header_blocks import HeaderDecoder
 from services.runtime.rpc.request_head import ANSWER, HEADERS, NOT_GRPC, RequestHead, failed
+from services.runtime.rpc.request_messages import PREFIX_BYTES, Messages, inflated
 from services.runtime.rpc.rpc import Metadata
 
 log = logging.getLogger(__name__)
 
-PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _PREFACE_SECONDS: Final = 20.0
-# Frame types and flags of RFC 9113, section 6.
-_DATA: Final = 0
-_HEADERS: Final = 1
-_RST_STREAM: Final = 3
-_SETTINGS: Final = 4
-_PUSH_PROMISE: Final = 5
-_PING: Final = 6
-_GOAWAY: Final = 7
-_WINDOW_UPDATE: Final = 8
-_CONTINUATION: Final = 9
-_END_STREAM: Final = 0x1
-_ACK: Final = 0x1
-_END_HEADERS: Final = 0x4
-_PADDED: Final = 0x8
-_PRIORITY: Final = 0x20
-# Settings, section 6.5.2.
-_MAX_CONCURRENT_STREAMS: Final = 3
-_INITIAL_WINDOW_SIZE: Final = 4
-_MAX_FRAME_SIZE: Final = 5
-# Error codes, section 7.
-NO_ERROR: Final = 0
-PROTOCOL_ERROR: Final = 1
-INTERNAL_ERROR: Final = 2
-FLOW_CONTROL_ERROR: Final = 3
-STREAM_CLOSED: Final = 5
-FRAME_SIZE_ERROR: Final = 6
-REFUSED_STREAM: Final = 7
-CANCEL: Final = 8
-COMPRESSION_ERROR: Final = 9
-ENHANCE_YOUR_CALM: Final = 11
 
-_DEFAULT_WINDOW: Final = 65_535
-_DEFAULT_FRAME: Final = 16_384
 _LARGEST_FRAME: Final = (1 << 24) - 1
-_MAX: Final = 2**31 - 1
-_HEAD_BYTES: Final = 9
-# Of a gRPC message: a flag and its length.
-_PREFIX_BYTES: Final = 5
 # What a client may send on a stream before it is given more. A message that is longer gets room for all of it.
 _STREAM_WINDOW: Final = 1 << 20
 # Bytes received on the connection before it is given as many more.
@@ -90,8 +53,9 @@ _EXCESS: Final = 256
 # Requests whose headers are remembered, and the longest encoded ones.
 _KEPT_HEADS: Final = 64
 _KEPT_HEAD_BYTES: Final = 4096
-# Of an unknown method, in the message that says so.
+# Of an unknown method, in the message that says so; and of the reason for the end of a connection.
 _PATH_LETTERS: Final = 200
+_REASON_LETTERS: Final = 100
 # Of one frame: each may change the window of every stream.
 _MOST_SETTINGS: Final = 32
 # Parts of a message that are shorter are joined as they come: an object takes more than its few bytes.
@@ -103,18 +67,8 @@ _CLOSE_SECONDS: Final = 5.0
 _TURN_BYTES: Final = 256 << 10
 UNSENT_BYTES: Final = 64 << 10
 
-_FRAME_HEAD: Final = struct.Struct(">BHBBI")
-_NUMBER: Final = struct.Struct(">I")
 _PREFIX: Final = struct.Struct(">BI")
 _FIRST: Final = struct.Struct(f">BHBBI{len(ANSWER)}sBHBBIBI")
-
-
-class ProtocolError(Exception):
-    """The client broke the protocol; the connection ends with an error code of HTTP/2."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Server(Protocol):
@@ -141,51 +95,6 @@ class Server(Protocol):
 
     def lost(self, connection: Connection) -> None:
         """The connection is over; its streams were cancelled."""
-
-
-class Messages:
-    """The messages of a request stream, for one reader."""
-
-    def __init__(self, stream: Stream, limit: int) -> None:
-        self._stream = stream
-        self._limit = limit
-        # Each with whether it is compressed: it expands when it is read.
-        self._messages: deque[tuple[bytes, bool]] = deque()
-        # Bytes of messages that nobody has read, as they were received.
-        self.bytes = 0
-        self._is_ended = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def add(self, message: bytes, *, is_compressed: bool) -> None:
-        self.bytes += len(message) + _PREFIX_BYTES
-        self._messages.append((message, is_compressed))
-        self._wake()
-
-    def end(self) -> None:
-        self._is_ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def __aiter__(self) -> Messages:
-        return self
-
-    async def __anext__(self) -> bytes:
-        """Raises RingmeshError if the message cannot be expanded."""
-        while not self._messages:
-            if self._is_ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        message, is_compressed = self._messages.popleft()
-        size = len(message) + _PREFIX_BYTES
-        self.bytes -= size
-        self._stream.connection.take(self._stream, size)
-        if is_compressed:
-            return await asyncio.get_running_loop().run_in_executor(None, inflated, message, self._limit)
-        return message
 
 
 class Stream:
@@ -238,9 +147,8 @@ class Connection(asyncio.Protocol):
         self._streams: dict[int, Stream] = {}
         self._last_number: i64 = 0
         self._decoder = HeaderDecoder(server.max_metadata_bytes)
-        # By header block; `_heads_of` is the state of the decoder's table that they belong to.
+        # By header block, for the current table of the decoder.
         self._heads: dict[bytes, RequestHead[Any]] = {}
-        self._heads_of: int = 0
         self._excess: i64 = 0
         # A header block whose end has not come, and the flags and stream of its first frame.
         self._block: list[bytes] = []
@@ -253,10 +161,10 @@ class Connection(asyncio.Protocol):
         self._part_number: i64 = 0
         self._received: i64 = 0
         # What the client takes: on the connection, on a new stream, in a frame.
-        self._window: i64 = _DEFAULT_WINDOW
-        self._stream_window: i64 = _DEFAULT_WINDOW
-        self._frame_size: i64 = _DEFAULT_FRAME
-        self._out: list[bytes] = []
+        self._window: i64 = h2.DEFAULT_WINDOW
+        self._stream_window: i64 = h2.DEFAULT_WINDOW
+        self._frame_size: i64 = h2.DEFAULT_FRAME
+        self._out: list[bytes | memoryview] = []
         # Bytes of `_out`.
         self._pending: i64 = 0
         # Whether `_out` is written at the end of the current chunk, or by a callback.
@@ -279,14 +187,14 @@ class Connection(asyncio.Protocol):
         self._transport = made = cast("asyncio.Transport", transport)
         made.set_write_buffer_limits(high=_WRITE_BYTES)
         self.peer = _peer(made.get_extra_info("peername"))
-        settings = struct.pack(
-            ">HIHIHI",
-            _MAX_CONCURRENT_STREAMS, self._server.max_streams,
-            _INITIAL_WINDOW_SIZE, _STREAM_WINDOW,
-            _MAX_FRAME_SIZE, _FRAME_BYTES,
-        )  # fmt: skip
         self._write(
-            _frame(_SETTINGS, 0, 0, settings) + _frame(_WINDOW_UPDATE, 0, 0, _NUMBER.pack(_MAX - _DEFAULT_WINDOW))
+            h2.opening(
+                (
+                    (h2.MAX_CONCURRENT_STREAMS, self._server.max_streams),
+                    (h2.INITIAL_WINDOW_SIZE, _STREAM_WINDOW),
+                    (h2.MAX_FRAME_SIZE, _FRAME_BYTES),
+                )
+            )
         )
         self._timer = asyncio.get_running_loop().call_later(_PREFACE_SECONDS, self.abort)
         self._server.opened(self)
@@ -340,7 +248,7 @@ class Connection(asyncio.Protocol):
     def go_away(self) -> None:
         """Asks the client to make its next calls on another connection."""
         self._is_leaving = True
-        self._write(_frame(_GOAWAY, 0, 0, struct.pack(">II", _MAX, NO_ERROR)))
+        self._write(h2.goaway(h2.MAX, h2.NO_ERROR))
 
     def abort(self) -> None:
         """Ends the connection at once."""
@@ -397,10 +305,10 @@ class Connection(asyncio.Protocol):
                 self._transport.write(data)
 
     def _relieve(self) -> None:
-        """Writes, and raises ProtocolError if too much that was written before is not read."""
+        """Writes, and raises h2.ProtocolError if too much that was written before is not read."""
         self._flush()
         if self._transport is not None and self._transport.get_write_buffer_size() > _MOST_WRITE_BYTES:
-            raise ProtocolError(ENHANCE_YOUR_CALM, "nothing that was sent is read")
+            raise h2.ProtocolError(h2.ENHANCE_YOUR_CALM, "nothing that was sent is read")
 
     # Frames.
 
@@ -412,13 +320,11 @@ class Connection(asyncio.Protocol):
         try:
             self._take_chunk(data)
             self._relieve()
-        except ProtocolError as error:
+        except h2.ProtocolError as error:
             self._fail(error.code, str(error))
-        except HeaderError as invalid:
-            self._fail(COMPRESSION_ERROR, str(invalid))
         except Exception:
             log.exception("a connection failed")
-            self._fail(INTERNAL_ERROR, "internal error")
+            self._fail(h2.INTERNAL_ERROR, "internal error")
         finally:
             self._is_reading = False
             self._flush()
@@ -427,8 +333,7 @@ class Connection(asyncio.Protocol):
     def _fail(self, code: int, why: str) -> None:
         """Ends the connection with an error."""
         log.debug("%s broke the protocol: %s", self.peer, why)
-        payload = struct.pack(">II", self._last_number, code) + why.encode()[:100]
-        self._write(_frame(_GOAWAY, 0, 0, payload))
+        self._write(h2.goaway(self._last_number, code, why[:_REASON_LETTERS]))
         self._flush()
         for stream in list(self._streams.values()):
             self._close(stream, is_cancelled=True)
@@ -442,44 +347,44 @@ class Connection(asyncio.Protocol):
         flags: i64 = 0
         size: i64 = len(data)
         if not self._has_begun:
-            if not (data.startswith(PREFACE) or PREFACE.startswith(data)):
-                raise ProtocolError(PROTOCOL_ERROR, "this is a gRPC server: it speaks HTTP/2 without TLS")
-            if size < len(PREFACE) + _HEAD_BYTES:
+            if not (data.startswith(h2.PREFACE) or h2.PREFACE.startswith(data)):
+                raise h2.ProtocolError(h2.PROTOCOL_ERROR, "this is a gRPC server: it speaks HTTP/2 without TLS")
+            if size < len(h2.PREFACE) + h2.HEAD_BYTES:
                 self._rest = data
                 return
-            if data[len(PREFACE) + 3] != _SETTINGS or data[len(PREFACE) + 4] & _ACK:
-                raise ProtocolError(PROTOCOL_ERROR, "the first frame has no settings")
+            if data[len(h2.PREFACE) + 3] != h2.SETTINGS or data[len(h2.PREFACE) + 4] & h2.ACK:
+                raise h2.ProtocolError(h2.PROTOCOL_ERROR, "the first frame has no settings")
             self._has_begun = True
             self._drop_timer()
-            at = len(PREFACE)
+            at = len(h2.PREFACE)
         if self._part_left:
             at = min(self._part_left, size)
             self._part_left -= at
-            flags = self._part_flags & ~_END_STREAM if self._part_left else self._part_flags
+            flags = self._part_flags & ~h2.END_STREAM if self._part_left else self._part_flags
             self._take_data(data, 0, at, flags, self._part_number)
-        while size - at >= _HEAD_BYTES:
+        while size - at >= h2.HEAD_BYTES:
             length: i64 = (data[at] << 16) | (data[at + 1] << 8) | data[at + 2]
             if length > _FRAME_BYTES:
-                raise ProtocolError(FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-            end: i64 = at + _HEAD_BYTES + length
+                raise h2.ProtocolError(h2.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            end: i64 = at + h2.HEAD_BYTES + length
             kind: i64 = data[at + 3]
-            if end > size and (kind != _DATA or size - at < _PART_BYTES or data[at + 4] & _PADDED):
+            if end > size and (kind != h2.DATA or size - at < _PART_BYTES or data[at + 4] & h2.PADDED):
                 break
             flags = data[at + 4]
-            number: i64 = (data[at + 5] << 24 | data[at + 6] << 16 | data[at + 7] << 8 | data[at + 8]) & _MAX
-            if self._block_number and (kind != _CONTINUATION or number != self._block_number):
-                raise ProtocolError(PROTOCOL_ERROR, "another frame between those of a header block")
-            at += _HEAD_BYTES
+            number: i64 = (data[at + 5] << 24 | data[at + 6] << 16 | data[at + 7] << 8 | data[at + 8]) & h2.MAX
+            if self._block_number and (kind != h2.CONTINUATION or number != self._block_number):
+                raise h2.ProtocolError(h2.PROTOCOL_ERROR, "another frame between those of a header block")
+            at += h2.HEAD_BYTES
             if end > size:
                 # As two frames, because to join the chunks would copy both.
                 self._part_left = end - size
                 self._part_flags = flags
                 self._part_number = number
-                flags &= ~_END_STREAM
+                flags &= ~h2.END_STREAM
                 end = size
-            if kind == _DATA:
+            if kind == h2.DATA:
                 self._take_data(data, at, end, flags, number)
-            elif kind == _HEADERS:
+            elif kind == h2.HEADERS:
                 self._take_headers(data[at:end], flags, number)
             else:
                 self._take_other(kind, data[at:end], flags, number)
@@ -490,63 +395,64 @@ class Connection(asyncio.Protocol):
             self._rest = data[at:]
 
     def _take_other(self, kind: i64, payload: bytes, flags: i64, number: i64) -> None:
-        if kind == _WINDOW_UPDATE:
+        if kind == h2.WINDOW_UPDATE:
             self._take_room(payload, number)
-        elif kind == _RST_STREAM:
+        elif kind == h2.RST_STREAM:
             self._take_reset(payload, number)
-        elif kind == _CONTINUATION:
+        elif kind == h2.CONTINUATION:
             if not self._block_number:
-                raise ProtocolError(PROTOCOL_ERROR, "a continuation of nothing")
+                raise h2.ProtocolError(h2.PROTOCOL_ERROR, "a continuation of nothing")
             self._add_block(payload, flags)
-        elif kind == _SETTINGS:
+        elif kind == h2.SETTINGS:
             self._take_settings(payload, flags, number)
-        elif kind == _PING:
+        elif kind == h2.PING:
             if number or len(payload) != 8:
-                raise ProtocolError(FRAME_SIZE_ERROR if not number else PROTOCOL_ERROR, "a ping that is not valid")
-            if not flags & _ACK:
-                self._write(_frame(_PING, _ACK, 0, payload))
-        elif kind == _PUSH_PROMISE:
-            raise ProtocolError(PROTOCOL_ERROR, "a client does not push")
-
-    def _reset(self, number: i64, code: int) -> None:
-        self._write(_frame(_RST_STREAM, 0, number, _NUMBER.pack(code)))
+                raise h2.ProtocolError(
+                    h2.FRAME_SIZE_ERROR if not number else h2.PROTOCOL_ERROR, "a ping that is not valid"
+                )
+            if not flags & h2.ACK:
+                self._write(h2.frame(h2.PING, h2.ACK, 0, payload))
+        elif kind == h2.PUSH_PROMISE:
+            raise h2.ProtocolError(h2.PROTOCOL_ERROR, "a client does not push")
 
     def _take_settings(self, payload: bytes, flags: i64, number: i64) -> None:
-        if number or (flags & _ACK and payload) or len(payload) % 6:
-            raise ProtocolError(PROTOCOL_ERROR if number else FRAME_SIZE_ERROR, "settings that are not valid")
-        if flags & _ACK:
+        if number or (flags & h2.ACK and payload) or len(payload) % 6:
+            raise h2.ProtocolError(h2.PROTOCOL_ERROR if number else h2.FRAME_SIZE_ERROR, "settings that are not valid")
+        if flags & h2.ACK:
             return
         if len(payload) > 6 * _MOST_SETTINGS:
-            raise ProtocolError(ENHANCE_YOUR_CALM, f"more than {_MOST_SETTINGS} settings in a frame")
+            raise h2.ProtocolError(h2.ENHANCE_YOUR_CALM, f"more than {_MOST_SETTINGS} settings in a frame")
         before: i64 = self._stream_window
         for identifier, value in struct.iter_unpack(">HI", payload):
-            if identifier == _INITIAL_WINDOW_SIZE:
-                if value > _MAX:
-                    raise ProtocolError(FLOW_CONTROL_ERROR, f"a window of {value} bytes")
+            if identifier == h2.INITIAL_WINDOW_SIZE:
+                if value > h2.MAX:
+                    raise h2.ProtocolError(h2.FLOW_CONTROL_ERROR, f"a window of {value} bytes")
                 self._stream_window = value
-            elif identifier == _MAX_FRAME_SIZE:
-                if not _DEFAULT_FRAME <= value <= _LARGEST_FRAME:
-                    raise ProtocolError(PROTOCOL_ERROR, f"frames of {value} bytes")
+            elif identifier == h2.MAX_FRAME_SIZE:
+                if not h2.DEFAULT_FRAME <= value <= _LARGEST_FRAME:
+                    raise h2.ProtocolError(h2.PROTOCOL_ERROR, f"frames of {value} bytes")
                 # A frame is handed to the socket whole.
                 self._frame_size = min(value, _TURN_BYTES)
         more: i64 = self._stream_window - before
         if more != 0:
             for stream in self._streams.values():
                 stream.window += more
-                if stream.window > _MAX:
-                    raise ProtocolError(FLOW_CONTROL_ERROR, "a window over 2 GiB")
-        self._write(_frame(_SETTINGS, _ACK, 0, b""))
+                if stream.window > h2.MAX:
+                    raise h2.ProtocolError(h2.FLOW_CONTROL_ERROR, "a window over 2 GiB")
+        self._write(h2.frame(h2.SETTINGS, h2.ACK, 0, b""))
         if self._blocked:
             self._send_soon()
 
     def _take_room(self, payload: bytes, number: i64) -> None:
         if len(payload) != 4:
-            raise ProtocolError(FRAME_SIZE_ERROR, "a window update that is not valid")
-        size: i64 = _NUMBER.unpack(payload)[0] & _MAX
+            raise h2.ProtocolError(h2.FRAME_SIZE_ERROR, "a window update that is not valid")
+        size: i64 = h2.NUMBER.unpack(payload)[0] & h2.MAX
         if number == 0:
             self._window += size
-            if size == 0 or self._window > _MAX:
-                raise ProtocolError(FLOW_CONTROL_ERROR if size else PROTOCOL_ERROR, "a window update that is not valid")
+            if size == 0 or self._window > h2.MAX:
+                raise h2.ProtocolError(
+                    h2.FLOW_CONTROL_ERROR if size else h2.PROTOCOL_ERROR, "a window update that is not valid"
+                )
             if self._window - size <= 0 and self._blocked:
                 self._send_soon()
             return
@@ -554,15 +460,14 @@ class Connection(asyncio.Protocol):
         if stream is None:
             return
         stream.window += size
-        if size == 0 or stream.window > _MAX:
-            self._reset(number, FLOW_CONTROL_ERROR if size else PROTOCOL_ERROR)
-            self._close(stream, is_cancelled=True)
+        if size == 0 or stream.window > h2.MAX:
+            self.reset(stream, h2.FLOW_CONTROL_ERROR if size else h2.PROTOCOL_ERROR, is_cancelled=True)
         elif number in self._blocked:
             self._send_soon()
 
     def _take_reset(self, payload: bytes, number: i64) -> None:
         if len(payload) != 4:
-            raise ProtocolError(FRAME_SIZE_ERROR, "a reset that is not valid")
+            raise h2.ProtocolError(h2.FRAME_SIZE_ERROR, "a reset that is not valid")
         stream = self._find(number)
         if stream is not None:
             self._close(stream, is_cancelled=True)
@@ -571,21 +476,16 @@ class Connection(asyncio.Protocol):
         """Returns an open stream; None if it has ended."""
         stream = self._streams.get(number)
         if stream is None and (number > self._last_number or number & 1 == 0):
-            raise ProtocolError(PROTOCOL_ERROR, f"there was no stream {number}")
+            raise h2.ProtocolError(h2.PROTOCOL_ERROR, f"there was no stream {number}")
         return stream
 
     # Requests.
 
     def _take_headers(self, payload: bytes, flags: i64, number: i64) -> None:
         if number & 1 == 0:
-            raise ProtocolError(PROTOCOL_ERROR, f"a request on stream {number}")
-        if flags & _PADDED:
-            payload = _unpadded(payload)
-        if flags & _PRIORITY:
-            if len(payload) < 5:
-                raise ProtocolError(FRAME_SIZE_ERROR, "a frame without its priority")
-            payload = payload[5:]
-        if flags & _END_HEADERS:
+            raise h2.ProtocolError(h2.PROTOCOL_ERROR, f"a request on stream {number}")
+        payload = h2.fragment(payload, flags)
+        if flags & h2.END_HEADERS:
             self._take_block(payload, flags, number)
         else:
             self._block_number = number
@@ -596,8 +496,8 @@ class Connection(asyncio.Protocol):
         self._block.append(payload)
         self._block_bytes += len(payload)
         if self._block_bytes > _BLOCK_BYTES or len(self._block) > _BLOCK_FRAMES:
-            raise ProtocolError(ENHANCE_YOUR_CALM, "the headers of a request are too long")
-        if flags & _END_HEADERS:
+            raise h2.ProtocolError(h2.ENHANCE_YOUR_CALM, "the headers of a request are too long")
+        if flags & h2.END_HEADERS:
             block, number = b"".join(self._block), self._block_number
             self._block.clear()
             self._block_bytes = 0
@@ -605,33 +505,32 @@ class Connection(asyncio.Protocol):
             self._take_block(block, self._block_flags, number)
 
     def _take_block(self, block: bytes, flags: i64, number: i64) -> None:
-        head = self._heads.get(block) if self._heads_of == self._decoder.changes else None
+        head = self._heads.get(block)
         if head is None:
             head = self._read_head(block)
         stream = self._streams.get(number)
         if stream is not None:  # trailers of a request
-            if stream.is_received or not flags & _END_STREAM:
-                self._reset(number, PROTOCOL_ERROR)
-                self._close(stream, is_cancelled=True)
+            if stream.is_received or not flags & h2.END_STREAM:
+                self.reset(stream, h2.PROTOCOL_ERROR, is_cancelled=True)
             else:
                 self._end_request(stream)
             return
         if number <= self._last_number:
             if not head.path:
                 return  # trailers of a request that was answered before they came
-            raise ProtocolError(PROTOCOL_ERROR, f"stream {number} comes after stream {self._last_number}")
+            raise h2.ProtocolError(h2.PROTOCOL_ERROR, f"stream {number} comes after stream {self._last_number}")
         self._last_number = number
         if head.is_malformed:
-            self._reset(number, PROTOCOL_ERROR)
+            self._write(h2.reset(number, h2.PROTOCOL_ERROR))
             return
         if len(self._streams) >= self._server.max_streams:
-            self._reset(number, REFUSED_STREAM)
+            self._write(h2.reset(number, h2.REFUSED_STREAM))
             return
         stream = Stream(self, number, head, self._stream_window)
         self._streams[number] = stream
-        stream.is_received = flags & _END_STREAM != 0
+        stream.is_received = flags & h2.END_STREAM != 0
         if not head.is_grpc:
-            self._write(_frame(_HEADERS, _END_HEADERS | _END_STREAM, number, NOT_GRPC))
+            self._write(h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, number, NOT_GRPC))
             self._finish(stream)
         elif head.code is not grpc.StatusCode.OK:
             self.fail(stream, head.code, head.message)
@@ -639,7 +538,7 @@ class Connection(asyncio.Protocol):
             self.fail(stream, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {head.path[:_PATH_LETTERS]}")
         else:
             if head.method.takes_stream:
-                stream.messages = Messages(stream, self._server.max_message_bytes)
+                stream.messages = Messages(partial(self.take, stream), self._server.max_message_bytes)
                 self._server.begin(stream, b"")
             if stream.is_received and not stream.is_closed:
                 self._end_request(stream)
@@ -650,6 +549,8 @@ class Connection(asyncio.Protocol):
         fields = decoder.decode(block)
         limit = self._server.max_metadata_bytes
         head = self._server.head(fields, decoder.size)
+        if decoder.changes != before or len(self._heads) >= _KEPT_HEADS:
+            self._heads.clear()
         if decoder.size > limit:
             head.is_malformed = False
             head.is_grpc = True
@@ -658,50 +559,44 @@ class Connection(asyncio.Protocol):
             )
             self._excess += decoder.size // limit
             if self._excess > _EXCESS:
-                raise ProtocolError(ENHANCE_YOUR_CALM, "too much metadata")
-        elif decoder.changes == before:
-            if self._heads_of != before or len(self._heads) >= _KEPT_HEADS:
-                self._heads.clear()
-                self._heads_of = before
-            if len(block) <= _KEPT_HEAD_BYTES:
-                self._heads[block] = head
+                raise h2.ProtocolError(h2.ENHANCE_YOUR_CALM, "too much metadata")
+        elif decoder.changes == before and len(block) <= _KEPT_HEAD_BYTES:
+            self._heads[block] = head
         return head
 
     def _take_data(self, data: bytes, at: i64, end: i64, flags: i64, number: i64) -> None:
         size: i64 = end - at
         self._received += size
         if self._received > _CONNECTION_STEP:
-            self._write(_frame(_WINDOW_UPDATE, 0, 0, _NUMBER.pack(self._received)))
+            self._write(h2.window_update(0, self._received))
             self._received = 0
         stream = self._streams.get(number)
         if stream is None:
             self._find(number)
             return
         if stream.is_received:
-            self._reset(number, STREAM_CLOSED)
-            self._close(stream, is_cancelled=True)
+            self.reset(stream, h2.STREAM_CLOSED, is_cancelled=True)
             return
         stream.room -= size
         if stream.room < 0:
-            self._reset(number, FLOW_CONTROL_ERROR)
-            self._close(stream, is_cancelled=True)
+            self.reset(stream, h2.FLOW_CONTROL_ERROR, is_cancelled=True)
             return
-        if flags & _PADDED:
+        if flags & h2.PADDED:
             if size == 0 or data[at] >= size:
-                raise ProtocolError(PROTOCOL_ERROR, "a frame with more padding than fits")
+                raise h2.ProtocolError(h2.PROTOCOL_ERROR, "a frame with more padding than fits")
             end -= data[at]
             at += 1
-        is_last = flags & _END_STREAM != 0
+        is_last = flags & h2.END_STREAM != 0
         if stream.trailers is not None:
             # The answer is complete and waits for room: nothing more is read.
             stream.is_received = is_last
             return
         # As most requests come: in one frame.
-        if is_last and stream.size == 0 and stream.messages is None and end - at >= _PREFIX_BYTES and data[at] == 0:
+        if is_last and stream.size == 0 and stream.messages is None and end - at >= PREFIX_BYTES and data[at] == 0:
             length: i64 = (data[at + 1] << 24) | (data[at + 2] << 16) | (data[at + 3] << 8) | data[at + 4]
-            if at + _PREFIX_BYTES + length == end and length <= self._server.max_message_bytes:
+            if at + PREFIX_BYTES + length == end and length <= self._server.max_message_bytes:
                 stream.is_received = True
-                self._server.begin(stream, data[at + _PREFIX_BYTES : end])
+                self._server.begin(stream, data[at + PREFIX_BYTES : end])
                 return
         if not self._hold(stream, end - at):
             return
@@ -736,7 +631,7 @@ class Connection(asyncio.Protocol):
             if stream.has_message and stream.messages is None:
                 self._refuse(stream, grpc.StatusCode.INTERNAL, "a second message; the method takes one")
                 return
-            wanted: i64 = (_PREFIX_BYTES if stream.length < 0 else stream.length) - stream.size
+            wanted: i64 = (PREFIX_BYTES if stream.length < 0 else stream.length) - stream.size
             part = data[at : min(end, at + wanted)]
             at += len(part)
             parts = stream.parts
@@ -745,7 +640,7 @@ class Connection(asyncio.Protocol):
             else:
                 parts.append(part)
             stream.size += len(part)
-            if stream.length < 0 and stream.size == _PREFIX_BYTES:
+            if stream.length < 0 and stream.size == PREFIX_BYTES:
                 self._take_prefix(stream)
             if stream.size == stream.length and not stream.is_closed:
                 self._complete(stream)
@@ -753,8 +648,8 @@ class Connection(asyncio.Protocol):
     def _take_prefix(self, stream: Stream) -> None:
         prefix = b"".join(stream.parts)
         stream.parts = []
-        length: i64 = _NUMBER.unpack_from(prefix, 1)[0]
-        stream.length = length + _PREFIX_BYTES
+        length: i64 = h2.NUMBER.unpack_from(prefix, 1)[0]
+        stream.length = length + PREFIX_BYTES
         stream.is_compressed = prefix[0] == 1
         if prefix[0] > 1 or (stream.is_compressed and stream.head.encoding in ("", "identity")):
             self._refuse(stream, grpc.StatusCode.INTERNAL, "a message is compressed, and no encoding is given")
@@ -827,10 +722,10 @@ class Connection(asyncio.Protocol):
             return
         held: i64 = 0 if stream.messages is None else stream.messages.bytes
         left: i64 = stream.length - stream.size if stream.length >= 0 else 0
-        more: i64 = min(max(_STREAM_WINDOW - held, left), _MAX) - stream.room
+        more: i64 = min(max(_STREAM_WINDOW - held, left), h2.MAX) - stream.room
         if more >= _STREAM_WINDOW // 2 or (more > 0 and stream.room < left):
             stream.room += more
-            self._write(_frame(_WINDOW_UPDATE, 0, stream.number, _NUMBER.pack(more)))
+            self._write(h2.window_update(stream.number, more))
 
     # Answers.
 
@@ -842,7 +737,7 @@ class Connection(asyncio.Protocol):
         size: i64 = 0
         for piece in body:
             size += len(piece)
-        framed: i64 = size + _PREFIX_BYTES
+        framed: i64 = size + PREFIX_BYTES
         if (
             framed <= self._frame_size
             and framed <= self._window
@@ -854,10 +749,10 @@ class Connection(asyncio.Protocol):
         ):
             self._window -= framed
             first = _FIRST.pack(
-                0, len(ANSWER), _HEADERS, _END_HEADERS, number, ANSWER,
-                framed >> 16, framed & 0xFFFF, _DATA, 0, number, 0, size,
+                0, len(ANSWER), h2.HEADERS, h2.END_HEADERS, number, ANSWER,
+                framed >> 16, framed & 0xFFFF, h2.DATA, 0, number, 0, size,
             )  # fmt: skip
-            last = _FRAME_HEAD.pack(0, len(trailers), _HEADERS, _END_HEADERS | _END_STREAM, number)
+            last = h2.HEAD.pack(0, len(trailers), h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, number)
             if self._is_reading:
                 self._out.append(first)
                 self._out.extend(body)
@@ -881,7 +776,7 @@ class Connection(asyncio.Protocol):
         if stream.is_open:
             self.end(stream, trailers)
         else:
-            self._write(self._head_frames(_END_STREAM, stream.number, HEADERS + trailers))
+            self._write(self._head_frames(h2.END_STREAM, stream.number, HEADERS + trailers))
             self._finish(stream)
 
     def open(self, stream: Stream, headers: bytes) -> None:
@@ -905,17 +800,17 @@ class Connection(asyncio.Protocol):
         stream.trailers = trailers
         self._send(stream)
 
-    def reset(self, stream: Stream, code: int) -> None:
-        """Ends a call in the middle of its answer."""
+    def reset(self, stream: Stream, code: int, *, is_cancelled: bool = False) -> None:
+        """Ends a call without a status, in the middle of its answer or because its client broke the protocol."""
         if not stream.is_closed:
-            self._write(_frame(_RST_STREAM, 0, stream.number, _NUMBER.pack(code)))
-            self._close(stream, is_cancelled=False)
+            self._write(h2.reset(stream.number, code))
+            self._close(stream, is_cancelled=is_cancelled)
 
     def _queue(self, stream: Stream, body: Sequence[bytes], size: i64) -> None:
         stream.unsent.append(_PREFIX.pack(0, size))
         stream.unsent.extend([piece for piece in body if piece])
-        stream.unsent_bytes += size + _PREFIX_BYTES
-        self._unsent += size + _PREFIX_BYTES
+        stream.unsent_bytes += size + PREFIX_BYTES
+        self._unsent += size + PREFIX_BYTES
         self._blocked[stream.number] = stream
 
     def _send(self, stream: Stream) -> None:
@@ -949,15 +844,15 @@ class Connection(asyncio.Protocol):
             self._window -= size
             stream.window -= size
             sent += size
-            out.append(_FRAME_HEAD.pack(size >> 16, size & 0xFFFF, _DATA, 0, stream.number))
+            out.append(h2.HEAD.pack(size >> 16, size & 0xFFFF, h2.DATA, 0, stream.number))
             out.append(part)
         stream.unsent_bytes -= sent
         self._unsent -= sent
         is_done = not stream.unsent and stream.trailers is not None
         if is_done and stream.trailers is not None:
-            out.append(self._head_frames(_END_STREAM, stream.number, stream.trailers))
+            out.append(self._head_frames(h2.END_STREAM, stream.number, stream.trailers))
         if out:
-            self._out.append(b"".join(out))
+            self._out.extend(out)
             self._flush()
         self._blocked.pop(stream.number, None)
         if is_done:
@@ -987,19 +882,19 @@ class Connection(asyncio.Protocol):
         most: i64 = self._frame_size
         size: i64 = len(block)
         if size <= most:
-            return _frame(_HEADERS, flags | _END_HEADERS, number, block)
-        frames = [_frame(_HEADERS, flags, number, block[:most])]
+            return h2.frame(h2.HEADERS, flags | h2.END_HEADERS, number, block)
+        frames = [h2.frame(h2.HEADERS, flags, number, block[:most])]
         at: i64 = most
         while at < size:
             end: i64 = min(at + most, size)
-            frames.append(_frame(_CONTINUATION, _END_HEADERS if end == size else 0, number, block[at:end]))
+            frames.append(h2.frame(h2.CONTINUATION, h2.END_HEADERS if end == size else 0, number, block[at:end]))
             at = end
         return b"".join(frames)
 
     def _finish(self, stream: Stream) -> None:
         """The answer is written. A client that has not sent all of its request may stop."""
         if not stream.is_received:
-            self._write(_frame(_RST_STREAM, 0, stream.number, _NUMBER.pack(NO_ERROR)))
+            self._write(h2.reset(stream.number, h2.NO_ERROR))
         self._close(stream, is_cancelled=False)
 
     def _close(self, stream: Stream, *, is_cancelled: bool) -> None:
@@ -1028,40 +923,9 @@ def _wake(stream: Stream) -> None:
         stream.drained.set_result(None)
 
 
-def _frame(kind: int, flags: int, number: i64, payload: bytes) -> bytes:
-    size = len(payload)
-    return _FRAME_HEAD.pack(size >> 16, size & 0xFFFF, kind, flags, number) + payload
-
-
-def _unpadded(payload: bytes) -> bytes:
-    """What a frame has between the length of its padding and the padding."""
-    end = len(payload) - payload[0] if payload else 0
-    if end < 1:
-        raise ProtocolError(PROTOCOL_ERROR, "a frame with more padding than fits")
-    return payload[1:end]
-
-
 def _peer(address: Any) -> str:
     """The client as gRPC names it."""
     if not isinstance(address, tuple):
         return "unix:"
     host, port = address[:2]
     return f"ipv6:%5B{quote(host, safe=':')}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"
-
-
-def inflated(data: bytes, limit: int) -> bytes:
-    """Decompresses gzip. Raises ResourceExhaustedError beyond `limit` bytes, and InvalidArgumentError."""
-    inflating = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    try:
-        message = inflating.decompress(data, limit + 1)
-    except zlib.error as error:
-        raise InvalidArgumentError(f"a message is not gzip, as its encoding says: {error}") from None
-    if len(message) > limit:
-        too_large = ResourceExhaustedError(
-            f"Received message larger than max ({len(message)} vs. {limit}) when decompressed", kind="too_large"
-        )
-        too_large.retry_after = None
-        raise too_large
-    if not inflating.eof:
-        raise InvalidArgumentError("a message is gzip that is cut off")
-    return message

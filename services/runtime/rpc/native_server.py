@@ -98,11 +98,9 @@ class NativeServer:
         # Connections that have been accepted and are not open yet.
         self._opening: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        # With the numbers by which channelz calls them.
-        self._connections: dict[Connection, int] = {}
+        # With the number by which channelz calls each, when it began, and what a greatest age is multiplied by for it.
+        self._connections: dict[Connection, tuple[int, float, float]] = {}
         self._opened = 0
-        # By connection: when it began, and the share of a greatest age by which its own is longer.
-        self._began: dict[Connection, tuple[float, float]] = {}
         self._suspended: list[_Suspended] = []
         # Pending `afterwards` callbacks, and whether the event loop is scheduled to run them.
         self._afterwards: deque[Callable[[], None]] = deque()
@@ -234,9 +232,8 @@ class NativeServer:
 
     async def release(self, now: float, older_than: float = 0.0) -> bool:
         """Asks clients of connections that are `older_than` seconds old to leave; always True."""
-        for connection in list(self._connections):
-            began, more = self._began[connection]
-            if began + more * older_than <= now - older_than and not connection.is_asked:
+        for connection, (_, began, longer) in list(self._connections.items()):
+            if now - began >= older_than * longer and not connection.is_asked:
                 connection.go_away()
         return True
 
@@ -245,7 +242,7 @@ class NativeServer:
 
     def numbered(self) -> list[tuple[int, str]]:
         """Each connection's number, which no other has had, and its client as gRPC names it."""
-        return [(number, connection.peer) for connection, number in self._connections.items()]
+        return [(number, connection.peer) for connection, (number, _, _) in self._connections.items()]
 
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
         """Yields the remote address of each TCP connection, and the bytes that the kernel has taken for it."""
@@ -269,13 +266,11 @@ class NativeServer:
 
     def opened(self, connection: Connection) -> None:
         self._opened += 1
-        self._connections[connection] = self._opened
         # Randomized, so that connections that began together do not end together.
-        self._began[connection] = time.monotonic(), random.uniform(0, _AGE_SPREAD)
+        self._connections[connection] = self._opened, time.monotonic(), random.uniform(1, 1 + _AGE_SPREAD)
 
     def lost(self, connection: Connection) -> None:
         self._connections.pop(connection, None)
-        self._began.pop(connection, None)
 
     def head(self, fields: list[tuple[bytes, bytes]], size: int) -> RequestHead[Method]:
         head: RequestHead[Method] = read_head(fields, size)

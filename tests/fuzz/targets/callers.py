@@ -12,9 +12,7 @@ from router.request import rows
 from services.inference.codec.request import decode_request
 from services.inference.codec.request_decoder import RequestDecoder
 from services.inference.codec.shared_memory import SharedMemory
-from services.inference.execution.loading import load_model
 from services.inference.models.decisions import overrides_of, request_of
-from services.inference.repository.repository import versions
 from services.runtime import w3c, wire
 from services.runtime.errors import RingmeshError
 from services.runtime.oip.infer_request import Head, Read, RequestReader, model_name, request_id, take_apart
@@ -23,19 +21,15 @@ from services.runtime.request_limits import check_embedded, check_list
 from services.runtime.rpc.rpc import parse
 from tests import models
 from tests.fuzz.target import target
+from tests.unit.inference.loaded import load
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="ringmesh-fuzz-models-")
-
-
-def _load(folder):
-    (files,) = versions(folder.parent.parent, folder.parent.name)
-    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
 
 
 _MODELS = {
     model.name: model
     for model in map(
-        _load,
+        load,
         (
             models.add_sub(Path(_FOLDER.name)),
             models.identity(Path(_FOLDER.name), "bytes"),

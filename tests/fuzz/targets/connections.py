@@ -12,10 +12,11 @@ from router.transport.local_channel import LocalConnection
 from services.inference.api.envelope_socket import EnvelopeSocket, _EnvelopeConnection
 from services.runtime.frames import ANSWER, CALL, FAILURE, PART
 from services.runtime.oip.protocol import fast_path_handler
-from services.runtime.rpc import http2_connection
+from services.runtime.rpc import http2_connection, http2_frames
 from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import Answer
 from tests.fuzz.target import target
+from tests.system.raw_http2 import frame
 
 _LOOP = asyncio.new_event_loop()
 
@@ -75,13 +76,9 @@ def equal_in_pieces(make, data):
     return whole
 
 
-def _h2(kind, flags, stream, payload=b""):
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
 _HEADERS = hpack.Encoder().encode([(":status", "200"), ("grpc-status", "0")], huffman=False)
 _SETTINGS = struct.pack(">HIHI", 3, 1, 5, 16384)
-_ANSWERED = _h2(1, 4, 1, _HEADERS) + _h2(0, 0, 1, b"\0\0\0\0\2ok") + _h2(1, 5, 1, _HEADERS)
+_ANSWERED = frame(1, 4, 1, _HEADERS) + frame(0, 0, 1, b"\0\0\0\0\2ok") + frame(1, 5, 1, _HEADERS)
 
 
 def _client():
@@ -111,12 +108,15 @@ def _client():
 @target(
     "http2-client",
     [
-        _h2(4, 0, 0, _SETTINGS) + _h2(4, 1, 0) + _ANSWERED,
-        _h2(1, 0, 1, _HEADERS[:1])
-        + _h2(9, 4, 1, _HEADERS[1:])
-        + _h2(8, 0, 3, b"\0\0\xff\xff")
-        + _h2(3, 0, 3, bytes(4)),
-        _h2(6, 0, 0, bytes(8)) + _h2(7, 0, 0, bytes(8)) + _h2(0, 9, 1, b"\1x\0") + _h2(1, 0x2D, 1, b"\1" + bytes(5)),
+        frame(4, 0, 0, _SETTINGS) + frame(4, 1, 0) + _ANSWERED,
+        frame(1, 0, 1, _HEADERS[:1])
+        + frame(9, 4, 1, _HEADERS[1:])
+        + frame(8, 0, 3, b"\0\0\xff\xff")
+        + frame(3, 0, 3, bytes(4)),
+        frame(6, 0, 0, bytes(8))
+        + frame(7, 0, 0, bytes(8))
+        + frame(0, 9, 1, b"\1x\0")
+        + frame(1, 0x2D, 1, b"\1" + bytes(5)),
     ],
 )
 def http2_client(data):
@@ -130,7 +130,7 @@ def _head(path):
 
 
 _REQUEST, _CHAT = _head("/t.T/M"), _head("/t.T/S")
-_OPENED = http2_connection.PREFACE + _h2(4, 0, 0, _SETTINGS)
+_OPENED = http2_frames.PREFACE + frame(4, 0, 0, _SETTINGS)
 
 
 def _native():
@@ -162,19 +162,22 @@ def _native():
     "http2-server",
     [
         _OPENED
-        + _h2(1, 4, 1, _REQUEST)
-        + _h2(0, 1, 1, b"\0\0\0\0\2ok")
-        + _h2(1, 5, 3, b"\xbe")
-        + _h2(6, 0, 0, bytes(8)),
+        + frame(1, 4, 1, _REQUEST)
+        + frame(0, 1, 1, b"\0\0\0\0\2ok")
+        + frame(1, 5, 3, b"\xbe")
+        + frame(6, 0, 0, bytes(8)),
         _OPENED
-        + _h2(1, 4, 1, _CHAT)
-        + _h2(0, 8, 1, b"\1\0\0\0\0\1x\0\0\0\0\0\0")
-        + _h2(1, 0, 3, _REQUEST[:9])
-        + _h2(9, 4, 3, _REQUEST[9:])
-        + _h2(3, 0, 3, bytes(4))
-        + _h2(8, 0, 1, b"\0\0\xff\xff")
-        + _h2(0, 1, 1, b""),
-        _OPENED + _h2(1, 0x2C, 1, b"\1" + bytes(5) + _REQUEST + b"\0") + _h2(0, 0, 1, b"\0\0\0\xff\xff") + _h2(4, 1, 0),
+        + frame(1, 4, 1, _CHAT)
+        + frame(0, 8, 1, b"\1\0\0\0\0\1x\0\0\0\0\0\0")
+        + frame(1, 0, 3, _REQUEST[:9])
+        + frame(9, 4, 3, _REQUEST[9:])
+        + frame(3, 0, 3, bytes(4))
+        + frame(8, 0, 1, b"\0\0\xff\xff")
+        + frame(0, 1, 1, b""),
+        _OPENED
+        + frame(1, 0x2C, 1, b"\1" + bytes(5) + _REQUEST + b"\0")
+        + frame(0, 0, 1, b"\0\0\0\xff\xff")
+        + frame(4, 1, 0),
     ],
 )
 def http2_server(data):

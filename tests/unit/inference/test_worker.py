@@ -77,7 +77,7 @@ async def execute(worker, works):
 
 
 def run_inline(worker, works):
-    """The results of a run on this thread; None if the event loop has to take over."""
+    """The results of an inline run; None if the requests have to wait."""
     executing = worker.execute(works)
     try:
         assert executing.send(None) is ON_LOOP

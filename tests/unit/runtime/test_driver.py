@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import threading
 import time
 
 import pytest
@@ -67,21 +66,7 @@ async def test_it_awaits_futures_tasks_and_a_turn_of_the_loop():
     assert await driver.run(work()) == 7
 
 
-async def test_it_begins_on_another_thread_and_continues_on_the_event_loop():
-    threads = []
-
-    async def work():
-        threads.append(threading.get_ident())
-        await ON_LOOP
-        threads.append(threading.get_ident())
-
-    coroutine = work()
-    await asyncio.to_thread(coroutine.send, None)
-    assert Driven(coroutine).outcome is None
-    assert threads[0] != threads[1] == threading.get_ident()
-
-
-async def test_on_the_event_loop_it_goes_on_at_once():
+async def test_it_goes_on_at_once_on_the_event_loop():
     async def work():
         await ON_LOOP
         return 7

@@ -9,12 +9,11 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.codec.request import decode_request as decode_request_with
 from services.inference.codec.request import encode_response
 from services.inference.codec.shared_memory import SharedMemory
-from services.inference.execution.loading import load_model
-from services.inference.repository.repository import versions
 from services.inference.scheduling.batcher import Batcher
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip.tensors import DATATYPES
 from tests import models
+from tests.unit.inference.loaded import load as load_model
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +24,7 @@ def load(tmp_path_factory):
     def load(make, *arguments):
         if (make, arguments) not in loaded:
             folder = make(tmp_path_factory.mktemp("repository"), *arguments)
-            (files,) = versions(folder.parent.parent, folder.parent.name)
-            loaded[make, arguments] = load_model(
-                files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8
-            )
+            loaded[make, arguments] = load_model(folder)
         return loaded[make, arguments]
 
     return load
@@ -325,8 +321,7 @@ def test_classes_have_their_labels_as_triton_writes_them(tmp_path):
     folder = models.identity(tmp_path, "fp32")
     (folder.parent / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\n\nd:o g\n")
     (folder.parent / "config.pbtxt").write_text('output { name: "y" label_filename: "labels.txt" }')
-    (files,) = versions(tmp_path, "identity_fp32")
-    model = load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+    model = load_model(folder)
     classes = ["4.000000:3", "3.000000:2:d:o g", "2.000000:1", "1.000000:0:cat"]
     assert top(model, "fp32", [[1, 2, 3, 4]], 4) == ([1, 4], classes)
 

@@ -9,16 +9,10 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.codec.request import decode_request, encode_response
 from services.inference.codec.request_decoder import MAX_KINDS, RequestDecoder
 from services.inference.codec.shared_memory import SharedMemory
-from services.inference.execution.loading import load_model
-from services.inference.repository.repository import versions
 from services.runtime.errors import RingmeshError
 from services.runtime.oip.infer_request import RequestReader
 from tests import models
-
-
-def load(folder):
-    (files,) = versions(folder.parent.parent, folder.parent.name)
-    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+from tests.unit.inference.loaded import load
 
 
 @pytest.fixture(scope="module")

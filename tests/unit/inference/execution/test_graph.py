@@ -3,14 +3,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from services.inference.execution import graph
-from services.inference.execution.loading import load_model
-from services.inference.repository.repository import versions
 from tests import models
-
-
-def load(folder):
-    (files,) = versions(folder.parent.parent, folder.parent.name)
-    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+from tests.unit.inference.loaded import load
 
 
 def dropout(repository, *training_mode):

@@ -8,9 +8,8 @@ from onnx import TensorProto, helper, numpy_helper
 from services.inference.codec.request import Decoded
 from services.inference.execution.graph import operator_types, read
 from services.inference.execution.inline_runs import MOST_BYTES_OUT, QUICK_NS, InlineRuns, verdict
-from services.inference.execution.loading import load_model
-from services.inference.repository.repository import versions
 from tests import models
+from tests.unit.inference.loaded import load
 
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 NODE = helper.make_node
@@ -129,9 +128,7 @@ def test_strings_are_not_read_on_the_event_loop(tmp_path):
     folder = tmp_path / "strings" / "1"
     folder.mkdir(parents=True)
     save(folder, [NODE("Identity", ["x"], ["y"])], kind=STRING)
-    (files,) = versions(tmp_path, "strings")
-    made = load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
-    assert "strings" in made.inline.reason
+    assert "strings" in load(folder).inline.reason
 
 
 def test_operators_are_found_in_branches_and_functions_too(tmp_path):
@@ -144,18 +141,15 @@ def test_operators_are_found_in_branches_and_functions_too(tmp_path):
 
 
 def test_a_model_says_whether_its_runs_are_made_inline_and_why_not(tmp_path):
-    models.mlp(tmp_path)
     folder = tmp_path / "looped" / "1"
     folder.mkdir(parents=True)
     save(folder, [loop()])
-    told = {}
-    for name in ("mlp", "looped"):
-        (files,) = versions(tmp_path, name)
-        made = load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
-        told[name] = made.config().parameters["ringmesh_inline"].string_value
-    assert told["mlp"] == "yes"
-    assert told["looped"].startswith("no: ")
-    assert told["looped"].endswith("Loop")
+    mlp, looped = (
+        load(one).config().parameters["ringmesh_inline"].string_value for one in (models.mlp(tmp_path), folder)
+    )
+    assert mlp == "yes"
+    assert looped.startswith("no: ")
+    assert looped.endswith("Loop")
 
 
 def request(rows=1, columns=4):

@@ -10,7 +10,8 @@ from services.inference.execution.model import ModelLoadError
 from services.runtime.errors import InternalError
 from tests import models
 from tests.models import save, value
-from tests.unit.inference.execution.test_model import configured, load
+from tests.unit.inference.execution.test_model import configured
+from tests.unit.inference.loaded import load
 
 X, Y = value("x", TensorProto.FLOAT, "n", 2), value("y", TensorProto.FLOAT, "n", 2)
 UNRANKED_X, UNRANKED_Y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")

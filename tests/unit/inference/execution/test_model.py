@@ -4,23 +4,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError
 from services.inference.execution.row_independence import probed
 from services.inference.execution.run_errors import run_error
 from services.inference.repository.config import parse
-from services.inference.repository.repository import versions
 from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from tests import models
-
-
-def open_model(files):
-    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
-
-
-def load(folder):
-    (files,) = versions(folder.parent.parent, folder.parent.name)
-    return open_model(files)
+from tests.unit.inference.loaded import load
 
 
 def test_a_model_tells_its_inputs_outputs_and_provider(tmp_path):
@@ -374,9 +364,7 @@ def test_a_value_of_the_file_is_not_an_input_unless_it_is_offered(tmp_path):
 def test_a_model_that_wants_a_gpu_answers_from_the_cpu_where_there_is_none(tmp_path, caplog):
     folder = models.mlp(tmp_path)
     (folder.parent / "config.pbtxt").write_text("instance_group { gpus: [ 0, 1 ] }")
-    (files,) = versions(folder.parent.parent, folder.parent.name)
-    available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    model = load_model(files, providers=available, intra_op_threads=1, max_batch_rows=8)
+    model = load(folder, ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"])
     assert model.provider == "CPUExecutionProvider"
     assert "model mlp/1: it runs on CPUExecutionProvider, without CUDAExecutionProvider" in caplog.text
     x = np.ones((1, 64), np.float32)

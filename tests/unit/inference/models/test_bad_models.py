@@ -14,8 +14,8 @@ from services.runtime import driver
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from tests import models
 from tests.models import save, value
+from tests.unit.inference.loaded import EXECUTOR, open_model
 from tests.unit.inference.models.test_memory_budget import worker
-from tests.unit.inference.models.test_model_store import EXECUTOR, open_model
 
 X, Y = value("x", TensorProto.FLOAT, "n", 2), value("y", TensorProto.FLOAT, "n", 2)
 

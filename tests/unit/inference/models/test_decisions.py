@@ -12,7 +12,8 @@ from services.inference.worker import Worker as InferenceWorker
 from services.runtime.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from services.runtime.rpc.calls import Calls
 from tests import models
-from tests.unit.inference.models.test_model_store import EXECUTOR, answer, open_model, states
+from tests.unit.inference.loaded import EXECUTOR, open_model
+from tests.unit.inference.models.test_model_store import answer, states
 
 LIMIT = 1 << 20
 

@@ -1,6 +1,5 @@
 import asyncio
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -10,16 +9,13 @@ from ringmesh.oip.v2.model_config_pb2 import ModelEnsembling
 
 from router.balancing.catalog import ModelEntry
 from router.request import ensembles
-from services.inference.models.model_store import UNAVAILABLE, ModelStore
-from services.inference.repository.repository import Directory
+from services.inference.models.model_store import UNAVAILABLE
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip import ensemble
 from services.runtime.oip.ensemble import EnsembleError
 from services.runtime.verdict import YES
 from tests import models
-from tests.unit.inference.execution.test_model import open_model
-
-EXECUTOR = ThreadPoolExecutor(2)
+from tests.unit.inference.loaded import store as store_of
 
 
 def scheduling(*steps):
@@ -95,12 +91,6 @@ async def test_a_failing_step_ends_the_others():
 
 
 # An ensemble on a worker, over a real store.
-
-
-async def store_of(folder):
-    made = ModelStore(Directory(folder), open_model, EXECUTOR)
-    await made.load_all()
-    return made
 
 
 def edit(folder, old, new):

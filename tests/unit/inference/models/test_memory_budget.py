@@ -19,7 +19,7 @@ from services.runtime import driver
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from tests import models
 from tests.system.test_cache import fresh
-from tests.unit.inference.models.test_model_store import EXECUTOR, open_model
+from tests.unit.inference.loaded import EXECUTOR, open_model
 
 NAMES = ["m0", "m1", "m2", "m3"]
 

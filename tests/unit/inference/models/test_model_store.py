@@ -4,7 +4,6 @@ import os
 import resource
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 
 from services.inference.codec.request import decode_request
 from services.inference.codec.shared_memory import SharedMemory
-from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.models.decisions import Decision, Decisions
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore, Overrides
@@ -22,19 +20,8 @@ from services.runtime.errors import InvalidArgumentError, NotFoundError, Unavail
 from services.runtime.machine.machine_fault import machine_fault
 from tests import models
 from tests.system.test_cache import fresh
+from tests.unit.inference.loaded import EXECUTOR, open_model, store
 from tests.unit.turns import turns
-
-EXECUTOR = ThreadPoolExecutor(2)
-
-
-def open_model(files):
-    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
-
-
-async def store(folder):
-    made = ModelStore(Directory(folder), open_model, EXECUTOR)
-    await made.load_all()
-    return made
 
 
 async def answer(made, value=1.0):

@@ -1,7 +1,6 @@
 """What config.pbtxt says of batching is what it says in Triton; each row of the table is one configuration."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -10,15 +9,13 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.codec.request import decode_request
 from services.inference.codec.shared_memory import SharedMemory
-from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError
 from services.inference.models.ensemble import Ensemble
-from services.inference.models.model_store import ModelStore, Overrides
-from services.inference.repository.repository import Directory, versions
+from services.inference.models.model_store import Overrides
 from services.runtime.errors import InvalidArgumentError
 from tests import models
+from tests.unit.inference.loaded import load, store
 
-EXECUTOR = ThreadPoolExecutor(2)
 CALLERS = 6
 # RINGMESH_MAX_BATCH_ROWS.
 WORKERS_ROWS = 16
@@ -147,8 +144,7 @@ async def test_an_ensemble_refuses_more_rows_than_it_says_and_so_do_its_steps(tm
     models.mlp(tmp_path)
     models.pipeline(tmp_path)
     (tmp_path / "mlp/config.pbtxt").write_text("max_batch_size: 4")
-    store = await started(tmp_path)
-    held = store.held.find("pipeline", "")
+    held = (await started(tmp_path)).held.find("pipeline", "")
     assert isinstance(held.model, Ensemble)
     with pytest.raises(InvalidArgumentError, match=r"9 rows.*'pipeline' takes 8 at most"):
         decoded(held, 9, name="in")
@@ -160,18 +156,11 @@ async def test_an_ensemble_refuses_more_rows_than_it_says_and_so_do_its_steps(tm
 
 def opened(folder, text):
     (folder.parent / "config.pbtxt").write_text(text)
-    (files,) = versions(folder.parent.parent, folder.parent.name)
-    return open_model(files)
+    return load(folder, max_batch_rows=WORKERS_ROWS)
 
 
-def open_model(files):
-    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=WORKERS_ROWS)
-
-
-async def started(repository):
-    store = ModelStore(Directory(repository), open_model, EXECUTOR)
-    await store.load_all()
-    return store
+def started(repository):
+    return store(repository, max_batch_rows=WORKERS_ROWS)
 
 
 async def loaded(folder, text):

@@ -17,7 +17,7 @@ from services.inference.repository.repository import Directory, versions
 from services.inference.scheduling.batcher import Batcher
 from services.runtime.verdict import Verdict
 from tests import models
-from tests.unit.inference.models.test_model_store import EXECUTOR, open_model
+from tests.unit.inference.loaded import EXECUTOR, open_model
 
 # When all of it happens, by the clock of the journals.
 NOW = 1_000_000_000.0

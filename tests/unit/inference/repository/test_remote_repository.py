@@ -23,7 +23,8 @@ from services.inference.repository.repository import RepositoryError, versions
 from services.runtime.errors import UnavailableError
 from tests import models
 from tests.system.processes import free_address
-from tests.unit.inference.models.test_model_store import EXECUTOR, answer, open_model, states
+from tests.unit.inference.loaded import EXECUTOR, open_model
+from tests.unit.inference.models.test_model_store import answer, states
 
 RCLONE = Path(sys.executable).parent / "rclone"
 

@@ -14,7 +14,7 @@ from services.inference.repository.repository import Directory, versions
 from services.inference.repository.signatures import Signatures, SigningKeyError, UnsignedError, sign
 from services.runtime.errors import InvalidArgumentError
 from tests import models
-from tests.unit.inference.models.test_model_store import open_model
+from tests.unit.inference.loaded import open_model
 
 
 def write_keys(folder, *keys):

@@ -19,7 +19,7 @@ from services.inference.repository.snapshots import Snapshots
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from tests import models
 from tests.models import value
-from tests.unit.inference.models.test_model_store import EXECUTOR, open_model
+from tests.unit.inference.loaded import EXECUTOR, open_model
 
 SIZE = 1 << 16
 

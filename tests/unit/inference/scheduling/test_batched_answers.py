@@ -10,20 +10,14 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from services.inference.codec.request import Decoded
-from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.repository.config import ROW_CACHE
-from services.inference.repository.repository import versions
 from services.inference.scheduling.batcher import Batcher
 from tests import models
+from tests.unit.inference.loaded import load
 
 EXECUTOR = ThreadPoolExecutor(2)
 X, Y = (models.value(name, TensorProto.FLOAT, "n", 1) for name in "xy")
-
-
-def load(folder):
-    (files,) = versions(folder.parent.parent, folder.parent.name)
-    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=64)
 
 
 def by_sign_of_the_sum(repository):
@@ -84,7 +78,7 @@ def quantised(repository):
 @pytest.mark.parametrize("make", [by_sign_of_the_sum, rows_of_the_share, split_words, quantised])
 async def test_requests_that_come_together_are_answered_as_they_are_alone(tmp_path, make):
     folder, rows = make(tmp_path)
-    model = load(folder)
+    model = load(folder, max_batch_rows=64)
     alone = [model.run({"x": row}, ["y"])[0] for row in rows]
     batcher = Batcher(model, EXECUTOR)
     requests = [Decoded({"x": row}, 1, ("y",), {}, {}, row.shape[1:]) for row in rows]
@@ -98,7 +92,7 @@ async def test_requests_that_come_together_are_answered_as_they_are_alone(tmp_pa
 
 
 async def test_requests_to_a_proven_model_share_runs(tmp_path):
-    model = load(models.mlp(tmp_path))
+    model = load(models.mlp(tmp_path), max_batch_rows=64)
     rng = np.random.default_rng(0)
     rows = [(rng.normal(size=(1, 64)) * 10.0**power).astype(np.float32) for power in range(-3, 4)]
     batcher = Batcher(model, EXECUTOR)
@@ -120,7 +114,7 @@ def products(count, width):
 
 def test_rows_are_not_cached_where_they_are_not_proven_independent_however_slow(tmp_path):
     last, nodes, initializers = products(60, 512)
-    model = load(share_of_the_largest(tmp_path, last, 512, nodes, initializers))
+    model = load(share_of_the_largest(tmp_path, last, 512, nodes, initializers), max_batch_rows=64)
     assert not model.row_cache
     assert "(ReduceMax): it reduces axis 0" in model.row_cache.reason
 
@@ -130,7 +124,7 @@ def test_a_row_cache_that_is_asked_for_needs_the_proof(tmp_path):
     config = f'max_batch_size: 8 parameters {{ key: "{ROW_CACHE}" value {{ string_value: "true" }} }}'
     (folder.parent / "config.pbtxt").write_text(config)
     with pytest.raises(ModelLoadError, match=r"ringmesh_row_cache is true .* not proven independent: node 'most'"):
-        load(folder)
+        load(folder, max_batch_rows=64)
 
 
 def test_a_row_cache_that_is_asked_for_needs_the_same_bits_in_every_batch(tmp_path, monkeypatch):
@@ -143,7 +137,7 @@ def test_a_row_cache_that_is_asked_for_needs_the_same_bits_in_every_batch(tmp_pa
     folder = models.row_cached(tmp_path)
     assert load(folder).row_cache
     monkeypatch.setattr(OnnxModel, "compute", other_bits_in_a_batch)
-    model = load(folder)
+    model = load(folder, max_batch_rows=64)
     assert not model.row_cache
     told = model.config().parameters["ringmesh_row_cache"].string_value
     assert told == "no: the last bits of 'y' depend on the size of a batch"
@@ -152,7 +146,7 @@ def test_a_row_cache_that_is_asked_for_needs_the_same_bits_in_every_batch(tmp_pa
 def test_the_owners_word_is_taken_for_batches_and_the_verdict_is_told(tmp_path):
     folder = share_of_the_largest(tmp_path)
     (folder.parent / "config.pbtxt").write_text("max_batch_size: 8 dynamic_batching { }")
-    model = load(folder)
+    model = load(folder, max_batch_rows=64)
     assert model.batchable
     assert model.batch_remark.startswith(
         "batched because its config.pbtxt says so: rows are not proven independent: node"

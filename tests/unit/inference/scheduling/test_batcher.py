@@ -607,18 +607,3 @@ async def test_of_requests_that_run_apart_those_that_nobody_waits_for_do_not_run
     assert [isinstance(result, BatchResult) for result in results] == [True, True, False, False, True, True, True]
     assert isinstance(results[2], DeadlineExceededError)
     assert sum(model.batches) == 5
-
-
-async def test_nothing_is_run_at_once_while_another_thread_does_so(monkeypatch):
-    monkeypatch.setattr("services.inference.execution.inline_runs.QUICK_NS", 10**12)
-    model = Doubler()
-    batcher = Batcher(model, EXECUTOR, inline=inline())
-    await batcher.submit(request(1), None)
-    model.gate.clear()
-    running = EXECUTOR.submit(batcher.run_at_once, [request(2)])
-    while not batcher._at_once.locked():
-        await asyncio.sleep(0.001)
-    assert batcher.run_at_once([request(3)]) is None
-    model.gate.set()
-    (result,) = running.result(20)
-    assert result.arrays[0].item() == 4

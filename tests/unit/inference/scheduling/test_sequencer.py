@@ -20,7 +20,7 @@ from services.runtime.errors import (
     ResourceExhaustedError,
 )
 from tests import models
-from tests.unit.inference.execution.test_model import open_model
+from tests.unit.inference.loaded import open_model
 
 EXECUTOR = ThreadPoolExecutor(4)
 

@@ -15,17 +15,15 @@ from hypothesis import strategies as st
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.transport.grpc_channel import CallError, GrpcChannel
-from router.transport.http2 import PREFACE, Connection, ConnectionLostError, Frame
+from router.transport.http2 import Connection, ConnectionLostError
+from services.runtime.rpc import http2_frames as h2
 from services.runtime.rpc.rpc import Service
 from services.runtime.rpc.server import Engine, Server
 from tests.system.processes import free_address
+from tests.system.raw_http2 import frame
 
 SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
-
-
-def frame(kind, flags, number, payload=b""):
-    return struct.pack(">BHBBI", 0, len(payload), kind, flags, number) + payload
 
 
 async def failure(serve):
@@ -205,9 +203,9 @@ async def test_a_server_that_comes_back_is_found_again():
     [
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
         b"\xff" * 64,
-        frame(Frame.HEADERS, 0x4, 1, b"\xff\xff\xff\xff\xff"),
-        frame(Frame.WINDOW_UPDATE, 0, 0, b"\0\0"),
-        frame(Frame.HEADERS, 0, 1) + frame(Frame.DATA, 0, 1),
+        frame(h2.HEADERS, 0x4, 1, b"\xff\xff\xff\xff\xff"),
+        frame(h2.WINDOW_UPDATE, 0, 0, b"\0\0"),
+        frame(h2.HEADERS, 0, 1) + frame(h2.DATA, 0, 1),
         b"",
     ],
 )
@@ -224,10 +222,10 @@ async def test_a_server_that_speaks_something_else_fails_the_call_and_nothing_el
 @pytest.mark.parametrize("body", [b"", b"\0\0\0\0", b"\0\0\0\0\5abc"], ids=["none", "half a prefix", "too short"])
 async def test_an_answer_that_is_no_message_is_a_fault_of_the_server(body):
     async def answer(reader, writer):
-        writer.write(frame(Frame.SETTINGS, 0, 0))
+        writer.write(frame(h2.SETTINGS, 0, 0))
         await reader.readuntil(b"\0\0\0\0\1x")
         block = hpack.Encoder().encode([(":status", "200"), ("grpc-status", "0")])
-        writer.write(frame(Frame.DATA, 0, 1, body) + frame(Frame.HEADERS, 0x5, 1, block))
+        writer.write(frame(h2.DATA, 0, 1, body) + frame(h2.HEADERS, 0x5, 1, block))
         writer.close()
 
     failed = await failure(answer)
@@ -250,18 +248,18 @@ class Transport:
 
 RESPONSE = (
     frame(4, 0, 0)
-    + frame(Frame.HEADERS, 0x4, 1, b"\x88")  # :status 200
-    + frame(Frame.PING, 0, 0, b"12345678")
-    + frame(Frame.DATA, 0, 1, b"\0\0\0\0\x03a")
-    + frame(Frame.DATA, 0x8, 1, b"\x02bc\0\0")  # padded
-    + frame(Frame.HEADERS, 0x1, 1, b"\x00\x0bgrpc-")
-    + frame(Frame.CONTINUATION, 0x4, 1, b"status\x010")
+    + frame(h2.HEADERS, 0x4, 1, b"\x88")  # :status 200
+    + frame(h2.PING, 0, 0, b"12345678")
+    + frame(h2.DATA, 0, 1, b"\0\0\0\0\x03a")
+    + frame(h2.DATA, 0x8, 1, b"\x02bc\0\0")  # padded
+    + frame(h2.HEADERS, 0x1, 1, b"\x00\x0bgrpc-")
+    + frame(h2.CONTINUATION, 0x4, 1, b"status\x010")
 )
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [frame(Frame.DATA, 0x8, 1, b"\5"), frame(Frame.HEADERS, 0xC, 1, b"\5"), frame(Frame.HEADERS, 0x24, 1, b"\0\0")],
+    [frame(h2.DATA, 0x8, 1, b"\5"), frame(h2.HEADERS, 0xC, 1, b"\5"), frame(h2.HEADERS, 0x24, 1, b"\0\0")],
     ids=["padding of data", "padding of headers", "priority"],
 )
 async def test_a_frame_too_short_for_its_padding_or_priority_ends_the_connection(wrong):
@@ -269,7 +267,7 @@ async def test_a_frame_too_short_for_its_padding_or_priority_ends_the_connection
     connection.connection_made(transport)
     ended = []
     connection.request(b"headers", b"body", ended.append)
-    connection.data_received(frame(Frame.SETTINGS, 0, 0) + wrong)
+    connection.data_received(frame(h2.SETTINGS, 0, 0) + wrong)
     (stream,) = ended
     assert isinstance(stream.error, ConnectionLostError)
     assert transport.closed
@@ -294,14 +292,14 @@ async def test_frames_may_come_in_any_pieces(sizes):
 async def test_a_request_waits_for_the_room_that_the_server_gives():
     connection, transport = Connection(lambda _: None), Transport()
     connection.connection_made(transport)
-    connection.data_received(frame(Frame.SETTINGS, 0, 0, struct.pack(">HI", 4, 10)))
+    connection.data_received(frame(h2.SETTINGS, 0, 0, struct.pack(">HI", 4, 10)))
     transport.written = b""
     connection.request(b"", b"x" * 25, print)
     assert transport.written.count(b"x") == 10
-    connection.data_received(frame(Frame.WINDOW_UPDATE, 0, 1, struct.pack(">I", 10)))
+    connection.data_received(h2.window_update(1, 10))
     assert transport.written.count(b"x") == 20
-    connection.data_received(frame(Frame.SETTINGS, 0, 0, struct.pack(">HI", 4, 15)))
-    assert transport.written.endswith(frame(Frame.DATA, 0x1, 1, b"x" * 5))
+    connection.data_received(frame(h2.SETTINGS, 0, 0, struct.pack(">HI", 4, 15)))
+    assert transport.written.endswith(frame(h2.DATA, 0x1, 1, b"x" * 5))
 
 
 async def test_a_server_that_leaves_has_what_it_did_not_see_sent_elsewhere():
@@ -310,12 +308,12 @@ async def test_a_server_that_leaves_has_what_it_did_not_see_sent_elsewhere():
     seen, unseen = [], []
     connection.request(b"", b"", seen.append)
     connection.request(b"", b"", unseen.append)
-    connection.data_received(frame(Frame.GOAWAY, 0, 0, struct.pack(">II", 1, 0)))
+    connection.data_received(frame(h2.GOAWAY, 0, 0, struct.pack(">II", 1, 0)))
     assert not connection.is_open
     assert "leaving" in str(unseen[0].error)
     assert not seen
     assert not transport.closed
-    connection.data_received(frame(Frame.HEADERS, 0x5, 1, b"\x88"))
+    connection.data_received(frame(h2.HEADERS, 0x5, 1, b"\x88"))
     assert seen[0].error is None
     assert transport.closed
 
@@ -339,29 +337,29 @@ class Wire(asyncio.Transport):
         self.frames = []
 
     def write(self, data):
-        data = data.removeprefix(PREFACE)
+        data = data.removeprefix(h2.PREFACE)
         while data:
             length = int.from_bytes(data[:3], "big")
-            self.frames.append((Frame(data[3]), int.from_bytes(data[5:9], "big")))
+            self.frames.append((data[3], int.from_bytes(data[5:9], "big")))
             data = data[9 + length :]
 
     def opened(self):
-        return [stream for kind, stream in self.frames if kind is Frame.HEADERS]
+        return [stream for kind, stream in self.frames if kind == h2.HEADERS]
 
 
 async def test_requests_beyond_the_servers_stream_limit_wait_for_a_stream():
     wire, ended = Wire(), []
     connection = Connection(lambda _: None)
     connection.connection_made(wire)
-    connection.data_received(frame(Frame.SETTINGS, 0, 0, struct.pack(">HI", 3, 2)))
+    connection.data_received(frame(h2.SETTINGS, 0, 0, struct.pack(">HI", 3, 2)))
     first, second, third, fourth = (connection.request(b"", b"body", ended.append) for _ in range(4))
     assert wire.opened() == [first, second]
     connection.cancel(third)
-    assert (Frame.RST_STREAM, third) not in wire.frames
-    connection.data_received(frame(Frame.HEADERS, 0x5, first))
+    assert (h2.RST_STREAM, third) not in wire.frames
+    connection.data_received(frame(h2.HEADERS, 0x5, first))
     await asyncio.sleep(0)
     assert wire.opened() == [first, second, fourth]
-    connection.data_received(frame(Frame.SETTINGS, 0, 0, struct.pack(">HI", 3, 4)))
+    connection.data_received(frame(h2.SETTINGS, 0, 0, struct.pack(">HI", 3, 4)))
     assert wire.opened() == [first, second, fourth]
     connection.connection_lost(None)
     assert len(ended) == 3

@@ -13,21 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.runtime.driver import ON_LOOP
-from services.runtime.rpc.http2_connection import PREFACE, Connection
+from services.runtime.rpc import http2_frames as h2
+from services.runtime.rpc.http2_connection import Connection
 from services.runtime.rpc.native_server import NativeServer
 from services.runtime.rpc.rpc import Answer, Failure
+from tests.system.raw_http2 import frame
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-END_STREAM = ACK = 1
-END_HEADERS, PADDED = 4, 8
 MAX_FRAME = 16_384
 LIMIT = 4 << 20
 METHODS = ("Echo", "Late", "Task", "Chat")
 FAILED = "x" * 100_000
-
-
-def frame(kind, flags, stream, payload=b""):
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 
 def head(method, *more):
@@ -43,15 +38,13 @@ def message(data, flag=0):
 
 
 def settings_of(*pairs):
-    return frame(SETTINGS, 0, 0, b"".join(struct.pack(">HI", *pair) for pair in pairs))
-
-
-def window(stream, size):
-    return frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size))
+    return frame(h2.SETTINGS, 0, 0, b"".join(struct.pack(">HI", *pair) for pair in pairs))
 
 
 def call(stream, method, data=b"", *more):
-    return frame(HEADERS, END_HEADERS, stream, head(method, *more)) + frame(DATA, END_STREAM, stream, message(data))
+    return frame(h2.HEADERS, h2.END_HEADERS, stream, head(method, *more)) + frame(
+        h2.DATA, h2.END_STREAM, stream, message(data)
+    )
 
 
 async def echo(data, metadata, deadline):
@@ -183,7 +176,7 @@ class Client:
         self._decoder.max_header_list_size = 1 << 20
         self._read = 0
         self._block = None
-        self.opening = PREFACE + settings_of(*pairs)
+        self.opening = h2.PREFACE + settings_of(*pairs)
 
     def send(self, data):
         if not self.transport.is_over:
@@ -203,8 +196,8 @@ class Client:
             self._take(kind, flags, number, bytes(written[at : at + size]))
 
     def _take(self, kind, flags, number, payload):
-        assert self._block is None or kind == CONTINUATION
-        if kind == DATA:
+        assert self._block is None or kind == h2.CONTINUATION
+        if kind == h2.DATA:
             self._window(number)
             self.windows[0] -= len(payload)
             self.windows[number] -= len(payload)
@@ -212,22 +205,22 @@ class Client:
             assert self.windows[number] >= 0 or not payload
             assert number not in self.status
             self.answers[number] = self.answers.get(number, b"") + payload
-        elif kind in (HEADERS, CONTINUATION):
+        elif kind in (h2.HEADERS, h2.CONTINUATION):
             self._block = (self._block or b"") + payload
-            if kind == HEADERS:
+            if kind == h2.HEADERS:
                 self._flags = flags
-            if flags & END_HEADERS:
+            if flags & h2.END_HEADERS:
                 fields = {bytes(name): bytes(value) for name, value in self._decoder.decode(self._block, raw=True)}
                 self._block = None
-                if self._flags & END_STREAM:
+                if self._flags & h2.END_STREAM:
                     assert number not in self.status
                     self.status[number] = int(fields.get(b"grpc-status", -1))
                     self.details[number] = fields.get(b"grpc-message", b"").decode()
-        elif kind == RST_STREAM:
+        elif kind == h2.RST_STREAM:
             self.resets[number] = int.from_bytes(payload, "big")
-        elif kind == GOAWAY:
+        elif kind == h2.GOAWAY:
             self.goaway = int.from_bytes(payload[4:8], "big")
-        elif kind == WINDOW_UPDATE:
+        elif kind == h2.WINDOW_UPDATE:
             self.granted[number] = self.granted.get(number, 0) + int.from_bytes(payload, "big")
 
     def _window(self, number):
@@ -236,7 +229,7 @@ class Client:
     def grant(self, number, size):
         self._window(number)
         self.windows[number] += size
-        self.send(window(number, size))
+        self.send(h2.window_update(number, size))
 
     def resize(self, size):
         """A new size of the windows of streams."""
@@ -260,7 +253,7 @@ class Client:
         self.transport.close()
         await self.turns()
         self.assert_nothing_is_held()
-        assert (self.server._connections, self.server._began) == ({}, {})
+        assert self.server._connections == {}
 
 
 async def connected(*pairs):
@@ -290,15 +283,15 @@ def calls(draw):
 def frames_of(number, one, ends_apart):
     method, _, parts, reset_after = one
     block = head(method)
-    out = [frame(HEADERS, 0, number, block[:7]) + frame(CONTINUATION, END_HEADERS, number, block[7:])]
+    out = [frame(h2.HEADERS, 0, number, block[:7]) + frame(h2.CONTINUATION, h2.END_HEADERS, number, block[7:])]
     for place, (data, padding) in enumerate(parts):
-        last = END_STREAM if place == len(parts) - 1 and not ends_apart else 0
+        last = h2.END_STREAM if place == len(parts) - 1 and not ends_apart else 0
         payload = data if padding is None else bytes([padding]) + data + bytes(padding)
-        out.append(frame(DATA, last | (0 if padding is None else PADDED), number, payload))
+        out.append(frame(h2.DATA, last | (0 if padding is None else h2.PADDED), number, payload))
     if ends_apart or not parts:
-        out.append(frame(DATA, END_STREAM, number))
+        out.append(frame(h2.DATA, h2.END_STREAM, number))
     if reset_after is not None:
-        out = [*out[: 1 + reset_after], frame(RST_STREAM, 0, number, struct.pack(">I", 8))]
+        out = [*out[: 1 + reset_after], h2.reset(number, h2.CANCEL)]
     return out
 
 
@@ -407,7 +400,7 @@ def test_no_frames_raise_and_nothing_is_held_after_them(frames, size):
 @given(st.binary(max_size=200))
 def test_no_bytes_raise(data):
     async def fed():
-        for opening in (b"", PREFACE):
+        for opening in (b"", h2.PREFACE):
             client = Client()
             client.send(opening + data)
             await client.leave()
@@ -417,9 +410,11 @@ def test_no_bytes_raise(data):
 
 async def test_a_second_message_is_refused_where_the_method_takes_one():
     client = await connected()
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Echo")) + frame(DATA, 0, 1, message(b"a") + message(b"b")))
-    client.send(frame(HEADERS, END_HEADERS, 3, head("Echo")) + frame(DATA, 0, 3, message(b"a")))
-    client.send(frame(DATA, END_STREAM, 3, b"\0"))
+    client.send(
+        frame(h2.HEADERS, h2.END_HEADERS, 1, head("Echo")) + frame(h2.DATA, 0, 1, message(b"a") + message(b"b"))
+    )
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 3, head("Echo")) + frame(h2.DATA, 0, 3, message(b"a")))
+    client.send(frame(h2.DATA, h2.END_STREAM, 3, b"\0"))
     client.read()
     assert client.status == {1: 13, 3: 13}
     assert "second message" in client.details[1]
@@ -429,10 +424,10 @@ async def test_a_second_message_is_refused_where_the_method_takes_one():
 @pytest.mark.parametrize("closing", ["end", "refuse"])
 async def test_an_answer_that_ends_while_the_socket_is_full_ends_when_it_is_not(closing):
     client = await connected()
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Chat")) + frame(DATA, 0, 1, message(b"a")))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Chat")) + frame(h2.DATA, 0, 1, message(b"a")))
     await client.turns()
     client.transport.pause()
-    last = frame(DATA, END_STREAM, 1) if closing == "end" else frame(DATA, 0, 1, message(b"b", 1))
+    last = frame(h2.DATA, h2.END_STREAM, 1) if closing == "end" else frame(h2.DATA, 0, 1, message(b"b", 1))
     client.send(last)
     await client.turns()
     client.transport.release()
@@ -443,13 +438,13 @@ async def test_an_answer_that_ends_while_the_socket_is_full_ends_when_it_is_not(
 
 async def test_the_end_of_an_answer_needs_no_window():
     client = await connected((4, 1 << 20))
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Chat")) + frame(DATA, 0, 1, message(b"a")))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Chat")) + frame(h2.DATA, 0, 1, message(b"a")))
     await client.turns()
     client.send(call(3, "Task", bytes(40_000)) + call(5, "Task", bytes(40_000)))
     await client.turns()
     assert client.windows[0] == 0
     client.transport.pause()
-    client.send(frame(DATA, END_STREAM, 1))
+    client.send(frame(h2.DATA, h2.END_STREAM, 1))
     await client.turns()
     client.transport.release()
     await client.turns()
@@ -478,11 +473,11 @@ async def test_an_answer_goes_on_when_what_held_it_up_is_gone(opened):
 async def test_a_long_answer_goes_on_by_itself():
     client = await connected((4, 1 << 24))
     client.grant(0, 1 << 24)
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Task")))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Task")))
     body = message(bytes(1_000_000))
     for at in range(0, len(body), 50_000):
-        client.send(frame(DATA, 0, 1, body[at : at + 50_000]))
-    client.send(frame(DATA, END_STREAM, 1))
+        client.send(frame(h2.DATA, 0, 1, body[at : at + 50_000]))
+    client.send(frame(h2.DATA, h2.END_STREAM, 1))
     await client.turns(20)
     assert client.answers[1] == body
     assert client.status == {1: 0}
@@ -493,18 +488,18 @@ async def test_a_long_answer_goes_on_by_itself():
 async def test_a_client_that_keeps_to_its_windows_can_send_all(method, size, padding):
     client = await connected((4, 1 << 30))
     client.grant(0, 1 << 30)
-    client.send(frame(HEADERS, END_HEADERS, 1, head(method)))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head(method)))
     body = message(bytes(size)) * (3_000_000 // size)
     room, at = 1 << 20, 0
     while at < len(body):
         part = body[at : at + min(30_000, room - padding - 1)]
         assert part, "no room"
         room -= len(part) + padding + 1
-        client.send(frame(DATA, PADDED, 1, bytes([padding]) + part + bytes(padding)))
+        client.send(frame(h2.DATA, h2.PADDED, 1, bytes([padding]) + part + bytes(padding)))
         at += len(part)
         await client.turns(3)
         room += client.granted.pop(1, 0)
-    client.send(frame(DATA, END_STREAM, 1))
+    client.send(frame(h2.DATA, h2.END_STREAM, 1))
     async with asyncio.timeout(60):
         while client.connection._streams:
             await asyncio.sleep(0.001)
@@ -516,8 +511,8 @@ async def test_a_client_that_keeps_to_its_windows_can_send_all(method, size, pad
 async def test_a_client_has_room_again_when_its_messages_are_read():
     """The method waits for its first answer to be taken, and reads no more meanwhile."""
     client = await connected((4, 10))
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Chat")))
-    part = frame(DATA, 0, 1, message(bytes(60_000)))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Chat")))
+    part = frame(h2.DATA, 0, 1, message(bytes(60_000)))
     for _ in range(17):
         client.send(part)
     await client.turns()
@@ -526,7 +521,7 @@ async def test_a_client_has_room_again_when_its_messages_are_read():
     client.grant(1, 1 << 24)
     await client.turns(40)
     assert client.granted[1] > 500_000
-    client.send(frame(DATA, END_STREAM, 1))
+    client.send(frame(h2.DATA, h2.END_STREAM, 1))
     await client.turns()
     assert client.status == {1: 0}
 
@@ -588,10 +583,11 @@ async def test_empty_parts_of_an_answer_change_no_window():
 
 async def test_late_trailers_of_a_call_that_has_ended_are_ignored():
     client = await connected()
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Nothing")))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Nothing")))
     client.read()
     assert client.status == {1: 12}
-    client.send(frame(HEADERS, END_HEADERS | END_STREAM, 1, hpack.Encoder().encode([("x-a", "1")])))
+    client.send(frame(h2.DATA, 0, 1, message(b"")))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, 1, hpack.Encoder().encode([("x-a", "1")])))
     client.send(call(3, "Echo", b"a"))
     client.read()
     assert (client.goaway, client.status[3]) == (None, 0)
@@ -603,14 +599,14 @@ async def test_late_trailers_of_a_call_that_has_ended_are_ignored():
 async def test_what_follows_a_message_that_is_refused_is_not_kept():
     """The answer had begun, so that its status waits for the event loop."""
     client = await connected()
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Never")))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Never")))
     await client.turns()
     client.connection.open(client.connection._streams[1], b"")
     client.transport.pause()
-    client.send(frame(DATA, 0, 1, message(b"")[:1] + struct.pack(">I", LIMIT + 1)))
+    client.send(frame(h2.DATA, 0, 1, message(b"")[:1] + struct.pack(">I", LIMIT + 1)))
     stream = client.connection._streams.get(1)
     for _ in range(10):
-        client.send(frame(DATA, 0, 1, bytes(60_000)))
+        client.send(frame(h2.DATA, 0, 1, bytes(60_000)))
     assert stream is None or stream.size <= 5
     client.read()
     assert 1 not in client.granted
@@ -626,12 +622,12 @@ async def test_many_settings_in_one_frame_are_refused():
 
 async def test_small_parts_of_a_message_are_kept_together():
     client = await connected()
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Echo")))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Echo")))
     body = message(bytes(range(256)) * 100)
     for at in range(0, len(body), 2):
-        client.send(frame(DATA, 0, 1, body[at : at + 2]))
+        client.send(frame(h2.DATA, 0, 1, body[at : at + 2]))
     assert len(client.connection._streams[1].parts) < 100
-    client.send(window(1, 100_000) + frame(DATA, END_STREAM, 1))
+    client.send(h2.window_update(1, 100_000) + frame(h2.DATA, h2.END_STREAM, 1))
     await client.turns()
     assert client.answers[1] == body
 
@@ -646,8 +642,8 @@ async def test_long_blocks_of_headers_are_not_remembered():
 async def compressed(client, *bodies):
     parts = b"".join(message(gzip.compress(body), 1) for body in bodies)
     method = "Chat" if len(bodies) > 1 else "Task"
-    client.send(frame(HEADERS, END_HEADERS, 1, head(method, ("grpc-encoding", "gzip"))))
-    client.send(frame(DATA, END_STREAM, 1, parts))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head(method, ("grpc-encoding", "gzip"))))
+    client.send(frame(h2.DATA, h2.END_STREAM, 1, parts))
     async with asyncio.timeout(60):
         while client.connection._streams:
             await asyncio.sleep(0.001)
@@ -673,26 +669,26 @@ async def test_a_compressed_message_over_the_limit_is_refused():
 
 async def test_compressed_messages_of_a_stream_are_expanded_when_they_are_read():
     client = await connected()
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Never", ("grpc-encoding", "gzip"))))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Never", ("grpc-encoding", "gzip"))))
     packed = message(gzip.compress(bytes(LIMIT)), 1)
     for _ in range(10):
-        client.send(frame(DATA, 0, 1, packed))
+        client.send(frame(h2.DATA, 0, 1, packed))
     assert client.connection._streams[1].messages.bytes < 100_000
     await client.leave()
 
 
 async def test_a_deadline_counts_from_the_headers():
     client = await connected()
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Due", ("grpc-timeout", "1000S"))))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Due", ("grpc-timeout", "1000S"))))
     latest = time.monotonic() + 1000
-    client.send(frame(DATA, END_STREAM, 1, message(b"")))
+    client.send(frame(h2.DATA, h2.END_STREAM, 1, message(b"")))
     client.read()
     assert float(client.answers[1][5:]) <= latest
 
 
 async def test_a_call_that_does_not_let_itself_be_closed_holds_up_no_other():
     client = await connected()
-    left = call(1, "Stubborn") + frame(RST_STREAM, 0, 1, struct.pack(">I", 8))
+    left = call(1, "Stubborn") + h2.reset(1, h2.CANCEL)
     client.send(left + call(3, "Late", b"a"))
     await client.turns()
     assert client.status == {3: 0}
@@ -709,16 +705,16 @@ async def test_a_call_that_is_cancelled_as_it_begins_ends_alone():
 
 async def test_a_connection_that_is_lost_holds_no_part_of_a_request():
     client = await connected()
-    client.send(call(1, "Echo", b"a") + frame(HEADERS, 0, 3, head("Echo")) + frame(CONTINUATION, 0, 3, b"x")[:-1])
+    client.send(call(1, "Echo", b"a") + frame(h2.HEADERS, 0, 3, head("Echo")) + frame(h2.CONTINUATION, 0, 3, b"x")[:-1])
     await client.leave()
     connection = client.connection
     assert (connection._rest, connection._block, connection._heads) == (b"", [], {})
 
 
-@pytest.mark.parametrize("first", [frame(PING, 0, 0, bytes(8)), frame(SETTINGS, ACK, 0), call(1, "Echo")])
+@pytest.mark.parametrize("first", [frame(h2.PING, 0, 0, bytes(8)), frame(h2.SETTINGS, h2.ACK, 0), call(1, "Echo")])
 async def test_a_client_says_its_settings_first(first):
     client = Client()
-    client.send(PREFACE + first)
+    client.send(h2.PREFACE + first)
     client.read()
     assert (client.goaway, client.status) == (1, {})
     await client.leave()
@@ -730,12 +726,12 @@ async def test_a_request_is_refused_while_those_under_way_are_too_large_together
     client.server.max_request_bytes = 50_000
     part = message(bytes(40_000))[:30_000]
     for number in (1, 3):
-        client.send(frame(HEADERS, END_HEADERS, number, head(method)) + frame(DATA, 0, number, part))
+        client.send(frame(h2.HEADERS, h2.END_HEADERS, number, head(method)) + frame(h2.DATA, 0, number, part))
     await client.turns()
     assert client.status == {3: 8}
-    client.send(frame(RST_STREAM, 0, 1, struct.pack(">I", 8)))
-    client.send(frame(HEADERS, END_HEADERS, 5, head("Echo")) + frame(DATA, 0, 5, part))
-    client.send(frame(DATA, END_STREAM, 5, message(bytes(40_000))[30_000:]))
+    client.send(frame(h2.RST_STREAM, 0, 1, struct.pack(">I", 8)))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 5, head("Echo")) + frame(h2.DATA, 0, 5, part))
+    client.send(frame(h2.DATA, h2.END_STREAM, 5, message(bytes(40_000))[30_000:]))
     await client.turns()
     assert client.status == {3: 8, 5: 0}
     await client.leave()
@@ -744,11 +740,11 @@ async def test_a_request_is_refused_while_those_under_way_are_too_large_together
 async def test_messages_that_were_read_make_room_for_others():
     client = await connected()
     client.server.max_request_bytes = 100_000
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Chat")))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Chat")))
     for _ in range(4):
-        client.send(frame(DATA, 0, 1, message(bytes(60_000))))
+        client.send(frame(h2.DATA, 0, 1, message(bytes(60_000))))
         await client.turns()
-    client.send(frame(DATA, END_STREAM, 1))
+    client.send(frame(h2.DATA, h2.END_STREAM, 1))
     await client.turns()
     assert client.status == {}
     client.grant(0, 1 << 20)
@@ -762,8 +758,8 @@ async def test_what_a_message_expands_to_counts():
     client = await connected()
     client.server.max_request_bytes = 100_000
     body = message(gzip.compress(bytes(200_000)), flag=1)
-    client.send(frame(HEADERS, END_HEADERS, 1, head("Echo", ("grpc-encoding", "gzip"))))
-    client.send(frame(DATA, END_STREAM, 1, body))
+    client.send(frame(h2.HEADERS, h2.END_HEADERS, 1, head("Echo", ("grpc-encoding", "gzip"))))
+    client.send(frame(h2.DATA, h2.END_STREAM, 1, body))
     async with asyncio.timeout(60):
         while not client.status:
             await asyncio.sleep(0.001)
