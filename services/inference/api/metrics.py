@@ -19,7 +19,10 @@ STAGE = Family(
     "ringmesh_worker_stage_seconds", "histogram", "time of requests by stage: queue, input, compute, output",
     (*_MODEL, "stage"),
 )  # fmt: skip
-BATCH_ROWS = Family("ringmesh_worker_batch_rows", "histogram", "rows of the batches that ran", _MODEL)
+BATCH_ROWS = Family(
+    "ringmesh_worker_batch_rows", "histogram",
+    "rows of the batches that ran; a run of a model that is not batched counts as one row", _MODEL,
+)  # fmt: skip
 QUEUED = Family("ringmesh_worker_queue_depth", "gauge", "requests that wait for a batch", _MODEL)
 MEMORY = Family(
     "ringmesh_worker_model_bytes", "gauge",
