@@ -26,6 +26,7 @@ from services.inference.execution.device_session import _PageLockedBuffers
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.span_export import _QUEUE, SpanQueue
+from services.runtime.telemetry.spans import Kind, Process, Span
 from tests.unit.clock import Clock
 
 
@@ -153,11 +154,12 @@ class Destination:
 async def test_a_span_queue_whose_destination_is_gone_drops_and_counts():
     destination = Destination()
     queue = SpanQueue(destination)
+    span = Span(Process("router", "r1"), "ab" * 16, "cd" * 8, "", "call", Kind.SERVER, 10, 20, {})
     put = 0
     while queue.has_room:
-        queue.put([None] * 100)
+        queue.put([span] * 100)
         put += 100
-    queue.put([None] * 5000)
+    queue.put([span] * 5000)
     put += 5000
     assert len(queue._waiting) <= _QUEUE
     destination.fate = "sent"
