@@ -133,9 +133,10 @@ class Replies:
             ("ringmesh.kept", "sampled" if call.trace.sampled else "slow"),
             ("ringmesh.worker.id", found.worker),
             ("ringmesh.provider", call.provider),
-            ("ringmesh.cache.reason", call.reason or found.reason),
             ("ringmesh.cache.tier", tier),
         )
+        if reason := call.reason or found.reason:
+            values["ringmesh.cache.reason"] = reason
         self._keep(call, labels, end, names, values, slow=slow)
 
     def failure(self, call: Call, error: RingmeshError) -> Failure:
@@ -167,9 +168,11 @@ class Replies:
         names = (
             ("ringmesh.kept", "sampled" if call.trace.sampled else "failed"),
             ("ringmesh.error", kind),
-            ("ringmesh.cache.reason", call.reason),
         )
-        return partial(self._keep, call, labels, end, names, {}, code, message, kind=kind)
+        values: dict[str, Value] = {"ringmesh.cache.reason": call.reason} if call.reason else {}
+        if call.model is None:
+            values["ringmesh.model.name"] = call.name
+        return partial(self._keep, call, labels, end, names, values, code, message, kind=kind)
 
     def _keep(
         self,
@@ -187,6 +190,7 @@ class Replies:
         """Retains the trace of a call that is sampled, slow or failed; logs it if it is slow or failed.
 
         `names` and `values` are attributes of its span; those of `names` are of many spans, and left out where empty.
+        What a caller may choose, such as the name of a model that does not exist, is in `values`: `names` are kept.
         """
         # The clock may have been set back meanwhile.
         end = max(call.start, end)
@@ -196,8 +200,8 @@ class Replies:
         trace.state = w3c.usable_state(state)
         caller = call.caller_metadata
         identity = caller.identity.id if caller is not None and caller.identity is not None else ""
-        version = call.model.version if call.model is not None else ""
-        shared = _shared(call.method, code.value[0], call.name, version, call.tenant, identity, names)
+        model, version = (call.model.name, call.model.version) if call.model is not None else ("", "")
+        shared = _shared(call.method, code.value[0], model, version, call.tenant, identity, names)
         values["ringmesh.request.bytes"] = len(call.data)
         if call.request_hash:
             values["ringmesh.key"] = call.request_hash[:8].hex()
@@ -226,7 +230,7 @@ def _shared(
 ) -> SharedAttributes:
     """The attributes of a call's span that many others have, too."""
     attributes = protocol.span_attributes(method, code)
-    attributes |= {"ringmesh.model.name": model, "ringmesh.model.version": version}
-    named = (("ringmesh.tenant", tenant), ("ringmesh.identity", identity), *names)
+    attributes["ringmesh.model.version"] = version
+    named = (("ringmesh.model.name", model), ("ringmesh.tenant", tenant), ("ringmesh.identity", identity), *names)
     attributes |= {name: value for name, value in named if value}
     return SharedAttributes(attributes)

@@ -26,6 +26,8 @@ _TIMES = struct.Struct("<BQBQ")
 _TIME = struct.Struct("<BQ")
 _DOUBLE = struct.Struct("<BBBd")
 _64_BITS = (1 << 64) - 1
+# Texts up to this length stay encoded. Callers may send longer ones, such as the name of a model that does not exist.
+_KEPT_LETTERS = 256
 # json.dumps would make an encoder for each span.
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -183,7 +185,7 @@ def _attribute(key: str, value: Value) -> bytes:
 def _key_value(key: str, value: Value) -> bytes:
     # Numbers and cache keys differ by request, and building messages took 6 us.
     if isinstance(value, str):
-        return _text(key, value)
+        return _text(key, value) if len(value) <= _KEPT_LETTERS else _encoded_text(key, value)
     if isinstance(value, bool):
         packed = b"\x12\x02\x10\x01" if value else b"\x12\x02\x10\x00"
     elif isinstance(value, int):
@@ -195,6 +197,10 @@ def _key_value(key: str, value: Value) -> bytes:
 
 @lru_cache(4096)
 def _text(key: str, value: str) -> bytes:
+    return _encoded_text(key, value)
+
+
+def _encoded_text(key: str, value: str) -> bytes:
     return _key(key) + wire.field(2, wire.field(1, value.encode()))
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+from opentelemetry.proto.trace.v1 import trace_pb2
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2
@@ -31,12 +32,15 @@ from router.dispatch.attempts import FatalRequestError
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
+from router.request import replies
 from router.request.audit import Audit
 from router.request.path import RequestPath
 from router.request.replies import Replies
 from services.runtime.driver import Driver
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from services.runtime.rpc.access import Access
+from services.runtime.telemetry import spans
+from services.runtime.telemetry.span_export import SpanQueue
 from services.runtime.telemetry.spans import Process
 from services.runtime.telemetry.tracing import Tracer
 from tests.unit.router.fleets import member, view
@@ -92,7 +96,7 @@ class Router:
         limits = ConcurrencyLimits(0.1, time.monotonic)
         dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
         audit = Audit(dispatcher.run, 0.0, time.monotonic)
-        tracer = Tracer(Process("router", "test"), 0.0, [])
+        self.tracer = tracer = Tracer(Process("router", "test"), 0.0, [])
         accounts = Accounts.create(Prices(0.0, 0.0), fleet, lambda: 0, cores=1, usage_tenants=3)
         self.requests, self.budgets, self.meter = accounts.requests, accounts.budgets, accounts.meter
         quotas = Quotas(dict(rates), time.monotonic)
@@ -194,6 +198,38 @@ async def test_what_is_wrong_with_a_request_is_told_and_counted(data, metadata, 
     router.send(data, metadata=metadata)
     (failed,) = router.told
     assert (failed.code.name, router.counted(code), router.under_way()) == (code, 1, (0, 0))
+
+
+class Kept:
+    """Takes spans, and keeps their encoded form."""
+
+    name = "test"
+
+    def __init__(self):
+        self.spans = []
+
+    def pack(self, span):
+        self.spans.append(trace_pb2.Span.FromString(span.to_otlp()))
+
+    async def send(self, batch):
+        return "sent"
+
+    async def close(self):
+        pass
+
+
+async def test_names_of_models_that_do_not_exist_are_in_spans_and_nowhere_kept():
+    router, kept = Router(), Kept()
+    router.tracer._queues = queues = [SpanQueue(kept)]
+    names = [str(number) * 1000 for number in range(5)]
+    sizes = []
+    for name in names:
+        router.send(request(model=name))
+        sizes.append((replies._shared.cache_info().currsize, spans._text.cache_info().currsize))
+    await queues[0].close()
+    found = [[a.value.string_value for a in span.attributes if a.key == "ringmesh.model.name"] for span in kept.spans]
+    assert found == [[name] for name in names]
+    assert len(set(sizes)) == 1
 
 
 ACME = (("ringmesh-tenant", "acme"),)
